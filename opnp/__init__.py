@@ -1,0 +1,43 @@
+"""OOD detection for trained image classifiers by optimal parameter and neuron pruning.
+
+The names below are imported on first use, so that a command that needs only one of them does not
+wait for the libraries behind the others.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from opnp.detector import OPNP
+    from opnp.errors import InputError
+    from opnp.masks import PruningMask
+    from opnp.search import Grid, search_masks
+    from opnp.sensitivity import neuron_sensitivity, parameter_sensitivity
+
+__all__ = [
+    "OPNP",
+    "Grid",
+    "InputError",
+    "PruningMask",
+    "neuron_sensitivity",
+    "parameter_sensitivity",
+    "search_masks",
+]
+
+__version__ = "0.1.0"
+
+HOMES = {
+    "OPNP": "detector",
+    "Grid": "search",
+    "InputError": "errors",
+    "PruningMask": "masks",
+    "neuron_sensitivity": "sensitivity",
+    "parameter_sensitivity": "sensitivity",
+    "search_masks": "search",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f"module 'opnp' has no attribute {name!r}")
+    return getattr(import_module(f"opnp.{HOMES[name]}"), name)

@@ -1,0 +1,34 @@
+"""The fixed places of everything a run reads and writes, relative to the workspace."""
+
+from pathlib import Path
+
+__all__ = [
+    "BACKBONE", "DATA", "EVALUATION", "FEATURES", "HISTORY", "INTERVALS", "MANIFEST", "MASK",
+    "METRICS", "PARAMETERS", "REPORT", "ROC", "SCORES", "SEARCH", "SENSITIVITY", "TRAINING",
+    "TRIALS",
+]  # fmt: skip
+
+PARAMETERS = Path("params.yaml")
+
+DATA = Path("data")
+MANIFEST = DATA / "manifest.json"
+
+BACKBONE = Path("artifacts/backbone/backbone.safetensors")
+TRAINING = Path("artifacts/backbone/training.json")
+HISTORY = Path("artifacts/backbone/history.csv")
+
+FEATURES = Path("artifacts/features")
+
+SENSITIVITY = Path("artifacts/sensitivity/sensitivity.safetensors")
+
+TRIALS = Path("artifacts/search/trials.parquet")
+MASK = Path("artifacts/search/mask.safetensors")
+SEARCH = Path("artifacts/search/search.json")
+
+METRICS = Path("artifacts/evaluation/metrics.json")
+INTERVALS = Path("artifacts/evaluation/intervals.json")
+EVALUATION = Path("artifacts/evaluation/evaluation.json")
+SCORES = Path("artifacts/evaluation/scores.parquet")
+ROC = Path("artifacts/evaluation/roc.csv")
+
+REPORT = Path("artifacts/report/index.html")

@@ -1,0 +1,205 @@
+"""Image sets on disk: Parquet in the Hugging Face image layout, and a manifest of them."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from opnp.artifacts import DATA, MANIFEST
+from opnp.errors import InputError
+from opnp.files import atomic, digest, read_json
+from opnp.sources import Example, decode, fit
+
+__all__ = ["ImageSet", "Manifest", "data_file", "read", "read_manifest", "write"]
+
+ROW_GROUP = 1024  # images: what is decoded at once when some rows are read
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """One set of images as the manifest records it.
+
+    Attributes:
+        role: ``train``, ``validation``, ``test``, ``near`` (OOD) or ``far`` (OOD).
+        source: where the images came from.
+        count: number of images.
+        classes: images of each class, by name; empty for OOD.
+        sha256: of the Parquet file.
+    """
+
+    role: str
+    source: str
+    count: int
+    classes: dict[str, int]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is in `data/`.
+
+    Attributes:
+        parameters: the seed and the section ``data`` that the sets were made with.
+        classes: names of the K known classes, in the order of their labels.
+        sets: by name; an OOD set's name starts with ``ood/``.
+    """
+
+    parameters: dict[str, Any]
+    classes: list[str]
+    sets: dict[str, ImageSet]
+
+    @property
+    def ood(self) -> dict[str, ImageSet]:
+        """The OOD sets, by name without ``ood/``."""
+        return {
+            name.removeprefix("ood/"): entry
+            for name, entry in self.sets.items()
+            if name.startswith("ood/")
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def data_file(name: str) -> Path:
+    """Where the set ``name`` lies."""
+    return DATA / f"{name}.parquet"
+
+
+def read_manifest() -> Manifest:
+    """The manifest of `data/`, after a look at whether all its files are there.
+
+    Raises:
+        InputError: data are missing or the manifest is broken.
+    """
+    values = read_json(MANIFEST, "python -m flows.fetch")
+    try:
+        manifest = Manifest(
+            values["parameters"],
+            values["classes"],
+            {name: ImageSet(**entry) for name, entry in values["sets"].items()},
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{MANIFEST} is not a manifest ({error}): run `python -m flows.fetch`.") from None
+    for name in manifest.sets:
+        if not data_file(name).is_file():
+            raise InputError(f"{data_file(name)} is missing: run `python -m flows.fetch`.")
+    return manifest
+
+
+def write(
+    name: str,
+    role: str,
+    source: str,
+    examples: Iterable[Example],
+    size: int,
+    mode: str,
+    classes: list[str],
+    limit: int | None = None,
+) -> ImageSet:
+    """Write images as PNG into a Parquet file, each of them ``size`` × ``size`` in ``mode``.
+
+    Args:
+        name: of the set; decides the file.
+        role: see `ImageSet`.
+        source: see `ImageSet`.
+        examples: images and labels, consumed one at a time.
+        size: side in pixels.
+        mode: L or RGB.
+        classes: names of the classes, recorded in the schema; none for OOD sets.
+        limit: take only the first so many.
+
+    Raises:
+        InputError: there are no images.
+    """
+    path = data_file(name)
+    label = {"names": classes, "_type": "ClassLabel"} if classes else {"dtype": "int64", "_type": "Value"}
+    features = {"image": {"_type": "Image"}, "label": label}
+    schema = pa.schema(
+        [("image", IMAGE), ("label", pa.int64())],
+        {"huggingface": json.dumps({"info": {"features": features}})},
+    )
+    labels: Counter[int] = Counter()
+    remaining = islice(examples, limit)
+    count = 0
+    with atomic(path) as temporary:
+        with pq.ParquetWriter(temporary, schema, compression="none") as writer:
+            while group := list(islice(remaining, ROW_GROUP)):
+                images = [
+                    {"bytes": png(image, size, mode), "path": f"{count + row:08d}.png"}
+                    for row, (image, _) in enumerate(group)
+                ]
+                columns = [pa.array(images, IMAGE), pa.array([y for _, y in group], pa.int64())]
+                writer.write_table(pa.table(columns, schema=schema))
+                labels.update(y for _, y in group)
+                count += len(group)
+        if count == 0:
+            raise InputError(f"The set {name} is empty: {source} gave no images; correct section data.")
+    per_class = {classes[y]: labels[y] for y in sorted(labels)} if classes else {}
+    return ImageSet(role, source, count, per_class, digest(path))
+
+
+def png(image: Any, size: int, mode: str) -> bytes:
+    buffer = BytesIO()
+    fit(image, size, mode).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def read(
+    path: Path, mode: str, size: int, start: int = 0, stop: int | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Decode rows ``start`` to ``stop`` of a Parquet file of images.
+
+    Args:
+        path: the file.
+        mode: L or RGB.
+        size: side in pixels that the backbone wants; other images are cropped and scaled.
+        start: first row.
+        stop: row after the last; to the end without it.
+
+    Returns:
+        Images, uint8 (N, H, W, C), and labels, int64 (N,).
+
+    Raises:
+        InputError: the file is missing, truncated or holds fewer rows or other columns.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            ends = np.cumsum(
+                [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)], dtype=int
+            )
+            total = int(ends[-1]) if len(ends) else 0
+            stop = total if stop is None else stop
+            if stop > total:
+                raise InputError(
+                    f"{path} holds {total} images, {stop} were expected: run `python -m flows.fetch`."
+                )
+            if start >= stop:
+                raise InputError(f"{path} holds no images: correct section data of params.yaml.")
+            first, last = np.searchsorted(ends, [start, stop - 1], side="right")
+            table = file.read_row_groups(range(first, last + 1), columns=["image", "label"])
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: run `python -m flows.fetch`.") from None
+    except (OSError, pa.ArrowException, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} is damaged ({reason}): run `python -m flows.fetch`.") from None
+    offset = int(ends[first - 1]) if first else 0
+    table = table.slice(start - offset, stop - start)
+    encoded = table.column("image").combine_chunks().field("bytes")
+    images = [
+        np.asarray(fit(decode(data.as_py(), f"Image {start + row} of {path}"), size, mode))
+        for row, data in enumerate(encoded)
+    ]
+    stacked = np.stack(images).reshape(len(images), size, size, -1)
+    return stacked, table.column("label").to_numpy().copy()

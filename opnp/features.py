@@ -1,0 +1,213 @@
+"""Penultimate features, computed once and kept: uncompressed Arrow IPC shards of a fixed size.
+
+A shard is the unit of work, of retry and of resume. Its metadata say what it was made from (backbone,
+preprocessing, images, rows, dtype) and hold a checksum of its columns, so that a damaged or a foreign
+shard is told from a whole one without trusting its name.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from opnp.artifacts import FEATURES
+from opnp.errors import InputError
+from opnp.files import atomic
+
+__all__ = ["Shard", "divide", "encode", "is_whole", "load", "metadata", "read_shard", "write_shard"]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows ``start`` to ``stop`` of the split ``split``.
+
+    Attributes:
+        split: ``train``, ``validation``, ``test``, ``ood/NAME`` or ``proxies/NAME``.
+        index: position among the split's shards.
+        start: first row.
+        stop: row after the last.
+    """
+
+    split: str
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def path(self) -> Path:
+        return FEATURES / self.split / f"{self.index:05d}.arrow"
+
+
+def divide(split: str, count: int, size: int) -> list[Shard]:
+    """The shards of ``size`` rows of a split with ``count``; the last may be smaller."""
+    starts = range(0, count, size)
+    return [Shard(split, i, start, min(start + size, count)) for i, start in enumerate(starts)]
+
+
+@torch.no_grad()
+def encode(encoder: nn.Module, batches: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Penultimate features, float32 (N, L) on the CPU, of batches of normalized images.
+
+    Raises:
+        InputError: the encoder's output is not (N, L), or holds NaN or infinite values.
+    """
+    parts = [encoder(batch.to(device, non_blocking=True)).float().cpu() for batch in batches]
+    features = torch.cat(parts)
+    if features.ndim != 2:
+        raise InputError(
+            f"The encoder gives features of shape {tuple(features.shape)}, not (N, L): "
+            "it must end with pooling and flattening."
+        )
+    return features
+
+
+def checksum(features: NDArray[Any], labels: NDArray[np.int64], rows: NDArray[np.int64]) -> str:
+    sha = hashlib.sha256()
+    for column in (features, labels, rows):
+        sha.update(np.ascontiguousarray(column))
+    return sha.hexdigest()
+
+
+def write_shard(
+    shard: Shard,
+    features: Tensor,
+    labels: NDArray[np.int64],
+    origin: dict[str, str],
+    dtype: str,
+) -> None:
+    """Write one shard atomically.
+
+    Args:
+        shard: which rows these are.
+        features: float32 (N, L).
+        labels: int64 (N,); −1 for OOD and proxies.
+        origin: what the features were made from.
+        dtype: ``float32`` or ``float16``.
+
+    Raises:
+        InputError: a feature is NaN or infinite, or exceeds the range of float16.
+    """
+    values = features.numpy().astype(dtype)
+    rows = np.arange(shard.start, shard.stop, dtype=np.int64)
+    if not np.isfinite(values).all():
+        row = int(rows[~np.isfinite(values).all(axis=1)][0])
+        raise InputError(
+            f"The features of {shard.split} hold NaN or infinite values (first in row {row}): check "
+            f"the backbone's weights and images, or set features.dtype to float32 (it is {dtype})."
+        )
+    column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+    table = pa.table(
+        {"features": column, "label": pa.array(labels), "index": pa.array(rows)}
+    ).replace_schema_metadata({**origin, "checksum": checksum(values, labels, rows)})
+    with atomic(shard.path) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
+        writer.write_table(table)
+
+
+def read_shard(path: Path) -> tuple[Tensor, NDArray[np.int64], dict[str, str]]:
+    """Read one shard and verify its checksum.
+
+    Returns:
+        Features (N, L) as stored, labels (N,), and the metadata.
+
+    Raises:
+        InputError: the file is missing, truncated, altered, or no shard.
+    """
+    again = "run `python -m flows.features`"
+    try:
+        with pa.memory_map(str(path)) as source:
+            table = pa.ipc.open_file(source).read_all()
+        found = {key.decode(): value.decode() for key, value in table.schema.metadata.items()}
+        list_column = table.column("features").combine_chunks()
+        width = list_column.type.list_size
+        values = list_column.flatten().to_numpy().reshape(-1, width)
+        labels = table.column("label").to_numpy()
+        rows = table.column("index").to_numpy()
+        stated = found.pop("checksum")
+    except FileNotFoundError:
+        raise InputError(f"Shard {path} is missing: {again}.") from None
+    except (OSError, pa.ArrowException, KeyError, AttributeError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"Shard {path} is damaged ({reason}): {again}.") from None
+    if checksum(values, labels, rows) != stated:
+        raise InputError(f"Shard {path} is damaged (its checksum differs): {again}.")
+    return torch.from_numpy(values.copy()), labels, found
+
+
+def is_whole(shard: Shard, origin: dict[str, str]) -> bool:
+    """Whether the shard is there, undamaged and made from exactly ``origin``."""
+    try:
+        return read_shard(shard.path)[2] == origin
+    except InputError:
+        return False
+
+
+def metadata(split: str) -> dict[str, str]:
+    """The metadata of the split's first shard, for whoever must match it."""
+    return read_shard(shard_paths(split)[0])[2]
+
+
+def shard_paths(split: str) -> Sequence[Path]:
+    """The shards of a split in order.
+
+    Raises:
+        InputError: there are none.
+    """
+    paths = sorted((FEATURES / split).glob("*.arrow"))
+    if not paths:
+        raise InputError(f"{FEATURES / split} holds no shards: run `python -m flows.features`.")
+    return paths
+
+
+def load(split: str, backbone: str, count: int) -> tuple[Tensor, Tensor]:
+    """All features of a split.
+
+    Args:
+        split: see `Shard`.
+        backbone: SHA-256 of the backbone file the features must come from.
+        count: number of rows they must have.
+
+    Returns:
+        Features, float32 (N, L), and labels, int64 (N,).
+
+    Raises:
+        InputError: shards are missing, damaged, of another backbone, or too many or few.
+    """
+    parts, labels = [], []
+    for path in shard_paths(split):
+        features, label, found = read_shard(path)
+        if found.get("backbone") != backbone:
+            raise InputError(
+                f"Shard {path} was made with another backbone: run `python -m flows.features`."
+            )
+        parts.append(features.float())
+        labels.append(torch.from_numpy(label.copy()))
+    total = sum(map(len, parts))
+    if total != count:
+        raise InputError(
+            f"{FEATURES / split} holds {total} rows where {count} are expected: "
+            "run `python -m flows.features`."
+        )
+    return torch.cat(parts), torch.cat(labels)
+
+
+def origin(
+    backbone: str, preprocessing: dict[str, Any], images: str, shard: Shard, dtype: str, seed: int | None
+) -> dict[str, str]:
+    """What a shard is made from, as its metadata record it."""
+    return {
+        "backbone": backbone,
+        "preprocessing": json.dumps(preprocessing),
+        "images": images,
+        "split": shard.split,
+        "rows": f"{shard.start}-{shard.stop}",
+        "dtype": dtype,
+        **({} if seed is None else {"seed": str(seed)}),
+    }

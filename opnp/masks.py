@@ -1,0 +1,166 @@
+"""Masks: which weights and neurons of a head stay, by rank of their sensitivity."""
+
+from dataclasses import dataclass
+from math import floor
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from opnp.energy import linear_head
+from opnp.errors import InputError
+from opnp.files import atomic
+
+__all__ = ["Percentages", "PruningMask", "check_percentages", "keep"]
+
+Percentages = tuple[float, float]
+"""(low, high): the percentage with the lowest and with the highest sensitivity to prune."""
+
+
+def check_percentages(name: str, percentages: Percentages) -> None:
+    """Refuse percentages outside [0, 100) or that together prune everything.
+
+    Raises:
+        InputError: naming the parameter ``name``.
+    """
+    low, high = percentages
+    if not (0 <= low and 0 <= high and low + high < 100):
+        raise InputError(
+            f"{name}=({low:g}, {high:g}) prunes {low + high:g} %: percentages must not be negative "
+            "and must sum to less than 100."
+        )
+
+
+def keep(sensitivity: Tensor, percentages: Percentages) -> Tensor:
+    """True where the sensitivity is neither among the lowest nor among the highest.
+
+    Selection is by rank, and the earlier index ranks lower on ties, so that the number removed is
+    exact: ρ % of n, rounded half up.
+
+    Args:
+        sensitivity: any shape, n values.
+        percentages: (low, high).
+
+    Returns:
+        Boolean tensor of the same shape.
+    """
+    n = sensitivity.numel()
+    low, high = (floor(n * percentage / 100 + 0.5) for percentage in percentages)
+    order = torch.argsort(sensitivity.flatten(), stable=True)
+    kept = torch.zeros(n, dtype=torch.bool, device=sensitivity.device)
+    kept[order[low : n - high]] = True
+    return kept.reshape(sensitivity.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class PruningMask:
+    """Which weights and neurons of a linear head stay.
+
+    Attributes:
+        weights: True where W_ij stays, bool, shape (K, L).
+        neurons: True where h_j stays, bool, shape (L,); a pruned neuron loses its whole column.
+
+    Source: Chen et al., NeurIPS 2023, arXiv 2402.10062.
+    """
+
+    weights: Tensor
+    neurons: Tensor
+
+    @classmethod
+    def from_sensitivity(
+        cls,
+        parameter_sensitivity: Tensor,
+        neuron_sensitivity: Tensor,
+        weights: Percentages = (0.0, 0.0),
+        neurons: Percentages = (0.0, 0.0),
+    ) -> Self:
+        """Prune the lowest and highest ``weights`` % of M and ``neurons`` % of N.
+
+        Args:
+            parameter_sensitivity: M, shape (K, L).
+            neuron_sensitivity: N, shape (L,).
+            weights: (low, high) in percent of the K·L weights; OPP prunes only these.
+            neurons: (low, high) in percent of the L neurons; ONP prunes only these.
+
+        Raises:
+            InputError: shapes disagree, a sensitivity is NaN, or percentages are out of range.
+        """
+        if (
+            parameter_sensitivity.ndim != 2
+            or neuron_sensitivity.shape != parameter_sensitivity.shape[1:]
+        ):
+            raise InputError(
+                "Sensitivities must have shapes (K, L) and (L,), not "
+                f"{tuple(parameter_sensitivity.shape)} and {tuple(neuron_sensitivity.shape)}."
+            )
+        if parameter_sensitivity.isnan().any() or neuron_sensitivity.isnan().any():
+            raise InputError("A sensitivity is NaN: the features it was measured on are broken.")
+        check_percentages("weights", weights)
+        check_percentages("neurons", neurons)
+        return cls(keep(parameter_sensitivity, weights), keep(neuron_sensitivity, neurons))
+
+    @property
+    def kept(self) -> Tensor:
+        """True where a weight survives both weight and neuron pruning, bool, shape (K, L)."""
+        return self.weights & self.neurons
+
+    @property
+    def pruned_weights(self) -> float:
+        """Fraction of the K·L weights pruned by their own sensitivity."""
+        return 1 - self.weights.double().mean().item()
+
+    @property
+    def pruned_neurons(self) -> float:
+        """Fraction of the L neurons pruned."""
+        return 1 - self.neurons.double().mean().item()
+
+    @property
+    def pruned(self) -> float:
+        """Fraction of the K·L weights that are zero in the end, by either pruning."""
+        return 1 - self.kept.double().mean().item()
+
+    def apply(self, head: nn.Linear) -> nn.Linear:
+        """A pruned copy of ``head``; its bias stays, and ``head`` itself is not changed.
+
+        Raises:
+            InputError: the mask is for a head of another shape.
+        """
+        if head.weight.shape != self.weights.shape:
+            raise InputError(
+                f"The mask is for a head of shape {tuple(self.weights.shape)}, this one has "
+                f"{tuple(head.weight.shape)}: make a mask for this head."
+            )
+        weight = head.weight.detach()
+        bias = head.bias if head.bias is not None else weight.new_zeros(len(weight))
+        return linear_head(weight * self.kept.to(weight.device), bias.detach())
+
+    def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+        """Write the mask as safetensors (uint8: 1 where it stays), atomically."""
+        tensors = {
+            name: tensor.to("cpu", torch.uint8).contiguous()
+            for name, tensor in (("weights", self.weights), ("neurons", self.neurons))
+        }
+        with atomic(Path(path)) as temporary:
+            save_file(tensors, temporary, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a mask that `save` wrote.
+
+        Raises:
+            InputError: the file is missing, truncated or no mask.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                weights, neurons = (file.get_tensor(name).bool() for name in ("weights", "neurons"))
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} is not a whole mask file ({error}): make it again.") from None
+        if weights.ndim != 2 or neurons.shape != weights.shape[1:]:
+            raise InputError(
+                f"{path} holds masks of shapes {tuple(weights.shape)} and {tuple(neurons.shape)}, "
+                "which do not belong together: make it again."
+            )
+        return cls(weights, neurons)

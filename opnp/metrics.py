@@ -1,0 +1,224 @@
+"""Metrics of OOD detection and of classification, in percent.
+
+Two conventions of FPR95 exist, and both are reported under names that tell them apart:
+
+``fpr95``
+    The OOD literature's (ODIN, ReAct, DICE, OPNP): in-distribution (ID) is positive. The threshold
+    keeps 95 % of the ID samples; the figure is the share of OOD samples that pass it.
+``fpr95_ood_positive``
+    OpenOOD's and pytorch-ood's: OOD is positive. The threshold catches 95 % of the OOD samples; the
+    figure is the share of ID samples rejected by it.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from opnp.errors import InputError
+
+__all__ = ["METRICS", "bootstrap", "calibration", "fpr95_auroc", "ood_metrics", "tpr_at_fpr"]
+
+BLOCK = 2_000_000  # weights held at once by `bootstrap`, which bounds its memory
+
+METRICS = ("fpr95", "fpr95_ood_positive", "auroc", "aupr_in", "aupr_out")
+
+
+def ood_metrics(id_scores: Tensor, ood_scores: Tensor) -> dict[str, float]:
+    """The five metrics, computed by pytorch-ood.
+
+    Args:
+        id_scores: outlier scores (larger = OOD) of ID samples, shape (N,).
+        ood_scores: outlier scores of OOD samples, shape (M,).
+
+    Returns:
+        The metrics in `METRICS`, each in percent.
+
+    Raises:
+        InputError: one of the two is empty, or a score is NaN.
+    """
+    from pytorch_ood.metrics import functional as metric
+
+    check_scores(id_scores, ood_scores)
+    scores = torch.cat([id_scores, ood_scores])
+    labels = torch.cat([torch.zeros(len(id_scores)), -torch.ones(len(ood_scores))])
+    values = {
+        # pytorch-ood takes labels below zero as positive: swapping both signs makes ID positive.
+        "fpr95": metric.fpr_at_tpr(-scores, -1 - labels),
+        "fpr95_ood_positive": metric.fpr_at_tpr(scores, labels),
+        "auroc": metric.auroc(scores, labels),
+        "aupr_in": metric.aupr(scores, labels, positive="id"),
+        "aupr_out": metric.aupr(scores, labels, positive="ood"),
+    }
+    return {name: 100 * float(value) for name, value in values.items()}
+
+
+def check_scores(id_scores: Tensor, ood_scores: Tensor) -> None:
+    for name, scores in (("ID", id_scores), ("OOD", ood_scores)):
+        if len(scores) == 0:
+            raise InputError(f"There are no {name} scores: a metric needs at least one of each kind.")
+        if scores.isnan().any():
+            raise InputError(f"{name} scores hold NaN: check the features and the detector.")
+
+
+def fpr95_auroc(id_scores: Tensor, outlier_scores: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+    """``fpr95`` and ``auroc`` against several outlier sets at once, fast enough for a search.
+
+    The same figures as `ood_metrics`, from one sort of the ID scores.
+
+    Args:
+        id_scores: outlier scores (larger = OOD) of ID samples, shape (N,).
+        outlier_scores: of all outlier sets, one after another, shape (Σ sizes,).
+        sizes: of each set.
+
+    Returns:
+        FPR95 and AUROC, each of shape (len(sizes),), in percent.
+    """
+    ordered, _ = id_scores.sort()
+    n = len(ordered)
+    threshold = ordered[-(-95 * n // 100) - 1]  # the smallest that keeps at least 95 % of ID
+    below = torch.searchsorted(ordered, outlier_scores)  # ID samples scored less than this outlier
+    not_above = torch.searchsorted(ordered, outlier_scores, right=True)
+    wins = (below + not_above).double() / (2 * n)  # ties count half
+    passes = (outlier_scores <= threshold).double()
+    fpr, auroc = (
+        torch.stack([part.mean() for part in values.split(sizes)]) for values in (passes, wins)
+    )
+    return 100 * fpr, 100 * auroc
+
+
+def tpr_at_fpr(id_scores: Tensor, ood_scores: Tensor, fpr: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The ROC curve with ID positive: TPR, in [0, 1], at each FPR, linear in between."""
+    thresholds = torch.cat([id_scores, ood_scores]).unique().double().numpy()
+    kept, passed = (
+        np.searchsorted(np.sort(scores.double().numpy()), thresholds, side="right") / len(scores)
+        for scores in (id_scores, ood_scores)
+    )
+    return np.interp(fpr, np.concatenate([[0.0], passed]), np.concatenate([[0.0], kept]))
+
+
+def bootstrap(
+    id_scores: Tensor, ood_scores: Mapping[str, Tensor], resamples: int, seed: int
+) -> dict[str, dict[str, tuple[float, float]]]:
+    """95 % percentile intervals of every metric, for each OOD set and for their mean.
+
+    ID and OOD samples are drawn anew with replacement; a draw of ID samples serves all sets, so that
+    the interval of the mean respects what the sets share. A resample is a weight for each sample, and
+    all resamples are computed at once from one sort.
+
+    Args:
+        id_scores: outlier scores of ID samples, shape (N,).
+        ood_scores: outlier scores of each OOD set.
+        resamples: number of draws.
+        seed: of the draws; the same for every detector, so that their intervals compare.
+
+    Returns:
+        For each set, and ``mean``: each metric's (low, high), in percent.
+
+    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, section 13.3.
+    """
+    rng = np.random.default_rng(seed)
+    n = len(id_scores)
+    id_weights = rng.multinomial(n, np.full(n, 1 / n), resamples)
+    drawn: dict[str, dict[str, NDArray[np.float64]]] = {}
+    for name, scores in ood_scores.items():
+        m = len(scores)
+        ood_weights = rng.multinomial(m, np.full(m, 1 / m), resamples)
+        block = max(1, BLOCK // (n + m))
+        parts = [
+            weighted_metrics(
+                id_scores.double().numpy(),
+                scores.double().numpy(),
+                id_weights[start : start + block],
+                ood_weights[start : start + block],
+            )
+            for start in range(0, resamples, block)
+        ]
+        drawn[name] = {metric: np.concatenate([part[metric] for part in parts]) for metric in METRICS}
+    sets = list(drawn.values())
+    drawn["mean"] = {
+        metric: np.mean([values[metric] for values in sets], axis=0) for metric in METRICS
+    }
+    intervals: dict[str, dict[str, tuple[float, float]]] = {}
+    for name, values in drawn.items():
+        intervals[name] = {}
+        for metric, value in values.items():
+            low, high = np.percentile(value, [2.5, 97.5])
+            intervals[name][metric] = (float(low), float(high))
+    return intervals
+
+
+def weighted_metrics(
+    id_scores: NDArray[np.float64],
+    ood_scores: NDArray[np.float64],
+    id_weights: NDArray[np.int64],
+    ood_weights: NDArray[np.int64],
+) -> dict[str, NDArray[np.float64]]:
+    """The metrics, in percent, of samples that count as often as their weights say.
+
+    Args:
+        id_scores: outlier scores, shape (N,).
+        ood_scores: outlier scores, shape (M,).
+        id_weights: shape (B, N).
+        ood_weights: shape (B, M).
+
+    Returns:
+        Each metric, shape (B,).
+    """
+    # Thresholds t are the distinct scores, ascending; a sample passes as ID if its score is ≤ t.
+    thresholds, place = np.unique(np.concatenate([id_scores, ood_scores]), return_inverse=True)
+    passed = []
+    for weights, at in ((id_weights, place[: len(id_scores)]), (ood_weights, place[len(id_scores) :])):
+        counts = np.zeros((len(weights), len(thresholds)))
+        order = np.argsort(at, kind="stable")
+        starts = np.flatnonzero(np.r_[True, np.diff(at[order]) > 0])
+        counts[:, at[order][starts]] = np.add.reduceat(weights[:, order], starts, axis=1)
+        passed.append(np.cumsum(np.pad(counts, ((0, 0), (1, 0))), axis=1))
+    id_in, ood_in = passed  # (B, thresholds + 1): how many pass, from none to all
+    n, m = id_in[:, -1:], ood_in[:, -1:]
+    id_out, ood_out = n - id_in, m - ood_in
+    rows = np.arange(len(id_in))
+    keeps = np.argmax(100 * id_in >= 95 * n, axis=1)  # the first threshold that keeps 95 % of ID
+    catches = id_in.shape[1] - 1 - np.argmax((100 * ood_out >= 95 * m)[:, ::-1], axis=1)
+
+    def area(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.abs(np.sum(np.diff(x, axis=1) * (y[:, 1:] + y[:, :-1]) / 2, axis=1))
+
+    def precision(hits: NDArray[np.float64], misses: NDArray[np.float64]) -> NDArray[np.float64]:
+        total = hits + misses
+        return np.divide(hits, total, out=np.ones_like(hits), where=total > 0)
+
+    values = {
+        "fpr95": (ood_in / m)[rows, keeps],
+        "fpr95_ood_positive": (id_out / n)[rows, catches],
+        "auroc": area(ood_in / m, id_in / n),
+        "aupr_in": area(id_in / n, precision(id_in, ood_in)),
+        "aupr_out": area(ood_out / m, precision(ood_out, id_out)),
+    }
+    return {name: 100 * value for name, value in values.items()}
+
+
+def calibration(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Accuracy and calibration of a classifier.
+
+    Args:
+        logits: shape (N, K).
+        labels: shape (N,).
+
+    Returns:
+        ``accuracy`` in percent; ``ece``, the expected calibration error in percent, over bins of
+        equal mass (100 samples, pytorch-ood's `calibration_error` with p = 1), not of equal width;
+        ``nll``, the mean negative log-likelihood in nats.
+    """
+    from pytorch_ood.metrics import calibration_error
+
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    correct = predicted == labels
+    return {
+        "accuracy": 100 * float(correct.double().mean()),
+        "ece": 100 * calibration_error(confidence, correct, p="1", beta=100),
+        "nll": float(F.cross_entropy(logits, labels)),
+    }

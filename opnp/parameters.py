@@ -1,0 +1,172 @@
+"""The parameters of a run: `params.yaml`, validated before any work starts."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from opnp.errors import InputError
+
+__all__ = ["Parameters", "load"]
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
+Percentage = Annotated[float, Field(ge=0, lt=100)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Part of the parameters: unknown keys are refused, types are not coerced, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Data(Section):
+    """Where images come from; see `opnp.sources` for what a source may be."""
+
+    id: str
+    image_size: Positive
+    mode: Literal["L", "RGB"] = "L"
+    held_out: list[Annotated[int, Field(ge=0)]] = []
+    validation: Annotated[float, Field(gt=0, lt=100)]
+    test: Annotated[float, Field(gt=0, lt=100)] | None = None
+    near: dict[Name, str] = {}
+    far: dict[Name, str] = {}
+    ood_count: Positive
+
+    @model_validator(mode="after")
+    def consistent(self) -> Self:
+        if not self.near and not self.far:
+            raise ValueError("name at least one OOD set in near or far")
+        if twice := set(self.near) & set(self.far):
+            raise ValueError(f"{', '.join(sorted(twice))} is both near and far: rename one")
+        if taken := {"mean", "test"} & {*self.near, *self.far}:
+            raise ValueError(f"{', '.join(sorted(taken))} is a reserved name: rename the OOD set")
+        if not self.held_out and "held-out" in (*self.near.values(), *self.far.values()):
+            raise ValueError("the source held-out needs classes in held_out")
+        if self.validation + (self.test or 0) >= 100:
+            raise ValueError("validation and test together leave no training images")
+        return self
+
+
+class Train(Section):
+    """The backbone: trained here, or loaded from ``checkpoint``."""
+
+    backbone: str = "resnet"
+    width: Positive = 32
+    depth: Positive = 1
+    checkpoint: str | None = None
+    epochs: Positive = 15
+    batch_size: Positive = 64
+    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    shift_pixels: Annotated[int, Field(ge=0)] = 1
+    threads: Positive = 1
+
+
+class Features(Section):
+    """How penultimate features are computed and stored."""
+
+    dtype: Literal["float32", "float16"] = "float32"
+    batch_size: Positive = 256
+    shard_size: Positive = 2048
+
+
+class Energy(Section):
+    """The energy S = T·logsumexp(f/T)."""
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+
+
+class Search(Section):
+    """The grid of masks, what it is judged on, and the constraint."""
+
+    weights_low: list[Percentage]
+    weights_high: list[Percentage]
+    neurons_low: list[Percentage]
+    neurons_high: list[Percentage]
+    neuron_sensitivity: Annotated[
+        list[Literal["mean", "gradient", "taylor"]], Field(min_length=1)
+    ]
+    max_accuracy_drop: Annotated[float, Field(ge=0)] = 1.0
+    proxies: Annotated[list[str], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def consistent(self) -> Self:
+        for what in ("weights", "neurons"):
+            low, high = getattr(self, f"{what}_low"), getattr(self, f"{what}_high")
+            if not low or not high:
+                raise ValueError(f"{what}_low and {what}_high need at least one percentage, e.g. 0")
+            if max(low) + max(high) >= 100:
+                raise ValueError(
+                    f"{what}_low {max(low):g} and {what}_high {max(high):g} together prune "
+                    "100 % or more"
+                )
+        # Known here, though proxies are made much later: a misspelt one must not cost a training.
+        from opnp.proxies import FAMILIES
+
+        for family in self.proxies:
+            if family not in FAMILIES:
+                near = get_close_matches(family, FAMILIES, 1) or list(FAMILIES)
+                raise ValueError(f"there is no proxy {family!r}; did you mean {', '.join(near)}?")
+        return self
+
+
+class Evaluate(Section):
+    """What is compared on the test sets."""
+
+    detectors: Annotated[
+        list[Literal["msp", "maxlogit", "energy", "react", "dice", "opp", "onp", "opnp"]],
+        Field(min_length=1),
+    ]
+    bootstrap: Positive = 1000
+
+
+class Parameters(Section):
+    """All parameters of a run; one section for each stage that has any."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    data: Data
+    train: Train
+    features: Features
+    energy: Energy
+    search: Search
+    evaluate: Evaluate
+
+
+def load(path: Path = Path("params.yaml")) -> Parameters:
+    """Read and validate the parameters.
+
+    Raises:
+        InputError: the file is missing, no YAML, or a key is unknown, absent or of a wrong value;
+            the sentence names the key and, for an unknown one, the nearest that exists.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: run in the project's folder, or copy one there.") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, Mapping):
+        raise InputError(f"{path} holds no parameters: restore it.")
+    try:
+        return Parameters.model_validate(dict(values))
+    except ValidationError as error:
+        raise InputError(f"{path}: {describe(error.errors()[0])}") from None
+
+
+def describe(error: Any) -> str:
+    """One sentence about a pydantic error."""
+    location = [str(part) for part in error["loc"]]
+    key = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        section: Any = Parameters
+        for part in location[:-1]:
+            section = section.model_fields[part].annotation
+        near = get_close_matches(location[-1], section.model_fields, 1, cutoff=0)[0]
+        return f"there is no parameter `{key}`; did you mean `{'.'.join([*location[:-1], near])}`?"
+    message = error["msg"].removeprefix("Value error, ")
+    got = "" if error["type"] in ("missing", "value_error") else f" (it is {error['input']!r})"
+    return f"`{key}`: {message[0].lower()}{message[1:]}{got}."

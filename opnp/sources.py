@@ -1,0 +1,248 @@
+"""Where images come from: scans, letters, photographs and noise that ship with the libraries,
+torchvision's data sets, and a user's own files.
+
+A source yields (image, label) pairs, one at a time; everything random in it is drawn from a
+generator seeded by the run's seed and the source's name, so that it never depends on other sources.
+"""
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+
+from opnp.errors import InputError
+
+__all__ = ["Example", "decode", "fit", "open_id", "open_ood"]
+
+Example = tuple[Image.Image, int]
+Array = NDArray[np.uint8]
+
+# Upper and lower case, without the letters that a digit classifier may rightly take for a digit.
+LETTERS = "ACEFHJKLMNPRTUVWXYadefhjkmnprtuvwxy"
+FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono")
+CANVAS = 96  # pixels: letters are drawn large and scaled down, as a scan would be
+
+
+def generator(seed: int, name: str) -> np.random.Generator:
+    """A generator of its own for each named thing under one seed."""
+    return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+
+def decode(data: bytes, where: str) -> Image.Image:
+    """Decode an encoded image; ``where`` names it in the error.
+
+    Raises:
+        InputError: the bytes are no whole image.
+    """
+    from io import BytesIO
+
+    try:
+        image = Image.open(BytesIO(data))
+        image.load()
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise InputError(f"{where} is not a whole image ({error}): replace or remove it.") from None
+    return image
+
+
+def fit(image: Image.Image, size: int, mode: str) -> Image.Image:
+    """Centre-crop to a square, scale to ``size`` × ``size`` and convert to ``mode`` (L or RGB)."""
+    width, height = image.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    square = image.convert(mode).crop((left, top, left + side, top + side))
+    return square if side == size else square.resize((size, size), Image.Resampling.BILINEAR)
+
+
+def open_id(spec: str) -> tuple[list[str], dict[str, Iterator[Example]]]:
+    """Open a source of labelled in-distribution images.
+
+    Args:
+        spec: ``digits`` (scikit-learn), ``torchvision:NAME`` (downloaded to ``downloads/``), or a
+            folder of IDX files as torchvision keeps them raw.
+
+    Returns:
+        Class names, and the examples of each split the source comes with: ``train`` and ``test``,
+        or ``all`` where it is not divided.
+
+    Raises:
+        InputError: there is no such source, or its files are missing or broken.
+    """
+    if spec == "digits":
+        return [str(digit) for digit in range(10)], {"all": scanned_digits()}
+    if spec.startswith("torchvision:"):
+        train, test = (torchvision_set(spec, train) for train in (True, False))
+        return list(train.classes), {"train": iter(train), "test": iter(test)}
+    folder = Path(spec)
+    if folder.is_dir():
+        splits = {
+            name: idx_folder(folder, part) for name, part in (("train", "train"), ("test", "t10k"))
+        }
+        return idx_classes(folder), splits
+    raise InputError(
+        f"data.id is {spec!r}, which is neither `digits`, `torchvision:NAME` nor a folder of IDX "
+        "files: correct it in params.yaml."
+    )
+
+
+def open_ood(spec: str, size: int, seed: int) -> Iterator[Example]:
+    """Open a source of images from outside the distribution; labels are −1.
+
+    Args:
+        spec: ``letters``, ``photo-patches``, ``noise`` or ``digits``; ``torchvision:NAME``; or the
+            path of a Parquet file in Hugging Face layout or of a folder of IDX files.
+        size: side in pixels of the images that are made, not read.
+        seed: the run's seed.
+
+    Raises:
+        InputError: there is no such source, or its files are missing or broken.
+    """
+    rng = generator(seed, spec)
+    path = Path(spec)
+    match spec:
+        case "letters":
+            yield from rendered_letters(size, rng)
+        case "photo-patches":
+            yield from photo_patches(rng)
+        case "noise":
+            yield from noise(size, rng)
+        case "digits":
+            yield from shuffled(list(scanned_digits()), rng)
+        case _ if spec.startswith("torchvision:"):
+            dataset = torchvision_set(spec, train=False)
+            for index in rng.permutation(len(dataset)):
+                yield dataset[int(index)][0], -1
+        case _ if path.is_dir():
+            yield from shuffled(list(idx_folder(path, "t10k")), rng)
+        case _ if path.suffix == ".parquet" and path.is_file():
+            yield from parquet_images(path, rng)
+        case _:
+            raise InputError(
+                f"OOD source {spec!r} is neither a known name (letters, photo-patches, noise, "
+                "digits, torchvision:NAME) nor an existing Parquet file or folder: correct it in "
+                "params.yaml."
+            )
+
+
+def shuffled(examples: list[Example], rng: np.random.Generator) -> Iterator[Example]:
+    for index in rng.permutation(len(examples)):
+        yield examples[index][0], -1
+
+
+def scanned_digits() -> Iterator[Example]:
+    """scikit-learn's 1,797 handwritten digits, scanned to 8 × 8 pixels of 17 grey levels."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    for image, label in zip(pixels, digits.target, strict=True):
+        yield Image.fromarray(image), int(label)
+
+
+def rendered_letters(size: int, rng: np.random.Generator) -> Iterator[Example]:
+    """Letters in the fonts that ship with matplotlib, white on black, turned and shifted a little."""
+    import matplotlib
+
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    fonts = [ImageFont.truetype(str(folder / f"{name}.ttf"), CANVAS * 3 // 4) for name in FONTS]
+    while True:
+        font = fonts[rng.integers(len(fonts))]
+        letter = LETTERS[rng.integers(len(LETTERS))]
+        canvas = Image.new("L", (CANVAS, CANVAS))
+        draw = ImageDraw.Draw(canvas)
+        centre = CANVAS / 2 + rng.uniform(-0.05, 0.05, 2) * CANVAS
+        draw.text((float(centre[0]), float(centre[1])), letter, fill=255, font=font, anchor="mm")
+        turned = canvas.rotate(float(rng.uniform(-10, 10)), Image.Resampling.BILINEAR)
+        yield turned.resize((size, size), Image.Resampling.BOX), -1
+
+
+def photo_patches(rng: np.random.Generator) -> Iterator[Example]:
+    """Square patches, 24 to 160 pixels wide, of scikit-learn's two photographs."""
+    from sklearn.datasets import load_sample_images
+
+    photos = [Image.fromarray(photo) for photo in load_sample_images().images]
+    while True:
+        photo = photos[rng.integers(len(photos))]
+        side = int(rng.integers(24, 161))
+        left = int(rng.integers(photo.width - side + 1))
+        top = int(rng.integers(photo.height - side + 1))
+        yield photo.crop((left, top, left + side, top + side)), -1
+
+
+def noise(size: int, rng: np.random.Generator) -> Iterator[Example]:
+    """Colour images of independent pixels, uniform and Gaussian (σ = 1/4 around mid-grey) in turn."""
+    shape = (size, size, 3)
+    while True:
+        yield Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)), -1
+        gaussian = np.rint(np.clip(rng.normal(127.5, 64, shape), 0, 255)).astype(np.uint8)
+        yield Image.fromarray(gaussian), -1
+
+
+def torchvision_set(spec: str, train: bool):  # type: ignore[no-untyped-def]
+    """One of torchvision's data sets by name, downloaded if it is not in ``downloads/`` yet."""
+    import inspect
+
+    from torchvision import datasets
+
+    name = spec.removeprefix("torchvision:")
+    factory = getattr(datasets, name, None)
+    if factory is None:
+        raise InputError(f"torchvision has no data set {name!r}: correct {spec!r} in params.yaml.")
+    accepted = inspect.signature(factory).parameters
+    split = {"train": train} if "train" in accepted else {"split": "train" if train else "test"}
+    try:
+        return factory("downloads", download=True, **split)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"{spec} could not be had ({error}): put its files under downloads/{name}, or name a "
+            "local folder instead."
+        ) from error
+
+
+def parquet_images(path: Path, rng: np.random.Generator) -> Iterator[Example]:
+    """Images of a Parquet file in Hugging Face layout, in random order."""
+    column = pq.read_table(path, columns=["image"]).column("image")
+    for index in rng.permutation(len(column)):
+        yield decode(column[int(index)].as_py()["bytes"], f"Image {index} of {path}"), -1
+
+
+def idx_folder(folder: Path, part: str) -> Iterator[Example]:
+    """Images and labels of ``PART-images-idx3-ubyte`` and ``PART-labels-idx1-ubyte`` (or .gz)."""
+    images = read_idx(folder / f"{part}-images-idx3-ubyte")
+    labels = read_idx(folder / f"{part}-labels-idx1-ubyte")
+    if len(images) != len(labels):
+        raise InputError(
+            f"{folder} holds {len(images)} {part} images but {len(labels)} labels: replace the files."
+        )
+    for image, label in zip(images, labels, strict=True):
+        yield Image.fromarray(image), int(label)
+
+
+def idx_classes(folder: Path) -> list[str]:
+    return [str(label) for label in np.unique(read_idx(folder / "t10k-labels-idx1-ubyte"))]
+
+
+def read_idx(path: Path) -> Array:
+    """Read an IDX file of unsigned bytes, plain or gzipped (the format's home: the MNIST page).
+
+    Raises:
+        InputError: the file is missing, truncated or of another format.
+    """
+    packed = path.with_name(path.name + ".gz")
+    try:
+        data = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing (plain or .gz): put it there.") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise InputError(f"{packed} is damaged ({error}): replace it.") from None
+    dimensions = data[3] if data[:3] == b"\0\0\x08" and len(data) > 3 else 0
+    header = 4 + 4 * dimensions
+    shape = tuple(np.frombuffer(data[4:header], ">u4").astype(int))
+    if dimensions == 0 or len(data) != header + int(np.prod(shape)):
+        raise InputError(f"{path} is not a whole IDX file of unsigned bytes: replace it.")
+    return cast(Array, np.frombuffer(data, np.uint8, offset=header).reshape(shape))
