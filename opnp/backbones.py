@@ -1,7 +1,5 @@
 """Backbones: an encoder that turns images into penultimate features, and a linear head."""
 
-import hashlib
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -9,13 +7,11 @@ from typing import Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from opnp import tensors
 from opnp.errors import InputError
-from opnp.files import atomic
 
 __all__ = ["Classifier", "Preprocessing", "ResNet", "build", "load", "load_weights", "save"]
 
@@ -143,18 +139,24 @@ def load_weights(model: nn.Module, path: Path) -> None:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"Checkpoint {path} is missing: correct train.checkpoint.")
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        elif path.suffix in (".pt", ".pth"):
+    if path.suffix == ".safetensors":
+        state, _ = tensors.load(path, "replace the checkpoint")
+    elif path.suffix in (".pt", ".pth"):
+        try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            raise InputError(f"Checkpoint {path} is neither .safetensors, .pt nor .pth.")
-    except InputError:
-        raise
-    except Exception as error:  # torch.load raises almost anything on a damaged file
-        reason = str(error).splitlines()[0]
-        raise InputError(f"Checkpoint {path} cannot be read ({reason}): replace it.") from None
+        except Exception as error:  # torch.load raises almost anything on a damaged file
+            reason = str(error).splitlines()[0]
+            raise InputError(f"Checkpoint {path} cannot be read ({reason}): replace it.") from None
+        if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+            raise InputError(f"Checkpoint {path} holds no state dict: save `model.state_dict()`.")
+    else:
+        raise InputError(f"Checkpoint {path} is neither .safetensors, .pt nor .pth: convert it.")
+    check_state(model, state, path)
+    model.load_state_dict(state)
+
+
+def check_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Refuse weights whose names or shapes are not the model's."""
     expected = model.state_dict()
     for name in [*expected, *(key for key in state if key not in expected)]:
         theirs, ours = (tuple(s[name].shape) if name in s else None for s in (state, expected))
@@ -164,21 +166,18 @@ def load_weights(model: nn.Module, path: Path) -> None:
                 f"and {ours or 'absent'} here; set train.backbone, width and depth, and the "
                 "classes, to what it was trained with."
             )
-    model.load_state_dict(state)
 
 
 def save(
-    model: Classifier, path: Path, preprocessing: Preprocessing, classes: list[str], spec: dict[str, object]
+    model: Classifier,
+    path: Path,
+    preprocessing: Preprocessing,
+    classes: list[str],
+    spec: dict[str, object],
 ) -> None:
     """Write weights and all that is needed to use them as one safetensors file, atomically."""
-    metadata = {
-        "preprocessing": json.dumps(asdict(preprocessing)),
-        "classes": json.dumps(classes),
-        "spec": json.dumps(spec),
-    }
-    state = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    with atomic(path) as temporary:
-        save_file(state, temporary, metadata)
+    metadata = {"preprocessing": asdict(preprocessing), "classes": classes, "spec": spec}
+    tensors.save(path, model.state_dict(), metadata)
 
 
 def load(path: Path) -> tuple[Classifier, Preprocessing, list[str]]:
@@ -187,29 +186,16 @@ def load(path: Path) -> tuple[Classifier, Preprocessing, list[str]]:
     Raises:
         InputError: the file is missing or damaged.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            preprocessing = Preprocessing(
-                **{
-                    key: tuple(value) if isinstance(value, list) else value
-                    for key, value in json.loads(metadata["preprocessing"]).items()
-                }
-            )
-            classes, spec = json.loads(metadata["classes"]), json.loads(metadata["spec"])
-    except (OSError, SafetensorError, KeyError) as error:
-        raise InputError(
-            f"{path} is not a whole backbone file ({error}): run `python -m flows.train` again."
-        ) from None
-    model = build(channels=preprocessing.channels, classes=len(classes), **spec)
-    load_weights(model, path)
+    again = "run `python -m flows.train` again"
+    state, metadata = tensors.load(path, again)
+    if set(metadata) != {"preprocessing", "classes", "spec"}:
+        raise InputError(f"{path} holds weights, but not what they are of: {again}.")
+    stated = metadata["preprocessing"]
+    preprocessing = Preprocessing(
+        stated["size"], stated["mode"], tuple(stated["mean"]), tuple(stated["std"])
+    )
+    classes: list[str] = metadata["classes"]
+    model = build(channels=preprocessing.channels, classes=len(classes), **metadata["spec"])
+    check_state(model, state, path)
+    model.load_state_dict(state)
     return model.eval().requires_grad_(False), preprocessing, classes
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over a model's parameters and buffers, by name."""
-    sha = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        sha.update(name.encode())
-        sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()

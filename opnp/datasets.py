@@ -19,7 +19,7 @@ from opnp.errors import InputError
 from opnp.files import atomic, digest, read_json
 from opnp.sources import Example, decode, fit
 
-__all__ = ["ImageSet", "Manifest", "data_file", "read", "read_manifest", "write"]
+__all__ = ["ImageSet", "Manifest", "data_file", "read", "read_classes", "read_manifest", "write"]
 
 ROW_GROUP = 1024  # images: what is decoded at once when some rows are read
 
@@ -91,7 +91,9 @@ def read_manifest() -> Manifest:
             {name: ImageSet(**entry) for name, entry in values["sets"].items()},
         )
     except (KeyError, TypeError) as error:
-        raise InputError(f"{MANIFEST} is not a manifest ({error}): run `python -m flows.fetch`.") from None
+        raise InputError(
+            f"{MANIFEST} is not a manifest ({error}): run `python -m flows.fetch`."
+        ) from None
     for name in manifest.sets:
         if not data_file(name).is_file():
             raise InputError(f"{data_file(name)} is missing: run `python -m flows.fetch`.")
@@ -124,7 +126,11 @@ def write(
         InputError: there are no images.
     """
     path = data_file(name)
-    label = {"names": classes, "_type": "ClassLabel"} if classes else {"dtype": "int64", "_type": "Value"}
+    label = (
+        {"names": classes, "_type": "ClassLabel"}
+        if classes
+        else {"dtype": "int64", "_type": "Value"}
+    )
     features = {"image": {"_type": "Image"}, "label": label}
     schema = pa.schema(
         [("image", IMAGE), ("label", pa.int64())],
@@ -145,7 +151,9 @@ def write(
                 labels.update(y for _, y in group)
                 count += len(group)
         if count == 0:
-            raise InputError(f"The set {name} is empty: {source} gave no images; correct section data.")
+            raise InputError(
+                f"The set {name} is empty: {source} gave no images; correct section data."
+            )
     per_class = {classes[y]: labels[y] for y in sorted(labels)} if classes else {}
     return ImageSet(role, source, count, per_class, digest(path))
 
@@ -154,6 +162,24 @@ def png(image: Any, size: int, mode: str) -> bytes:
     buffer = BytesIO()
     fit(image, size, mode).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def read_classes(path: Path) -> list[str]:
+    """Names of the classes, in the order of their labels, from a file's schema.
+
+    Raises:
+        InputError: the file is missing, damaged or names no classes.
+    """
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        return list(features["label"]["names"])
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: run `python -m flows.fetch`.") from None
+    except (OSError, pa.ArrowException, KeyError) as error:
+        raise InputError(
+            f"{path} names no classes ({error}): run `python -m flows.fetch`."
+        ) from None
 
 
 def read(

@@ -135,7 +135,9 @@ class OPNP(FeaturesDetector):
         known = x if y is None else x[is_known(y)]
         if len(known) == 0:
             raise InputError("OPNP cannot be fitted: no sample has a label of zero or above.")
-        bias = self.head.bias if self.head.bias is not None else known.new_zeros(len(self.head.weight))
+        bias = (
+            self.head.bias if self.head.bias is not None else known.new_zeros(len(self.head.weight))
+        )
         known = known.to(self.head.weight.device)
         sums = SensitivitySums.of(known, self.head.weight, bias, self.temperature)
         self.sensitivity = sums.mean()

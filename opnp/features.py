@@ -7,7 +7,7 @@ shard is told from a whole one without trusting its name.
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,17 @@ from opnp.artifacts import FEATURES
 from opnp.errors import InputError
 from opnp.files import atomic
 
-__all__ = ["Shard", "divide", "encode", "is_whole", "load", "metadata", "read_shard", "write_shard"]
+__all__ = [
+    "Shard",
+    "divide",
+    "encode",
+    "is_whole",
+    "load",
+    "origin",
+    "read_shard",
+    "shard_paths",
+    "write_shard",
+]
 
 
 @dataclass(frozen=True)
@@ -34,12 +44,14 @@ class Shard:
         index: position among the split's shards.
         start: first row.
         stop: row after the last.
+        count: rows of the whole split.
     """
 
     split: str
     index: int
     start: int
     stop: int
+    count: int
 
     @property
     def path(self) -> Path:
@@ -49,7 +61,7 @@ class Shard:
 def divide(split: str, count: int, size: int) -> list[Shard]:
     """The shards of ``size`` rows of a split with ``count``; the last may be smaller."""
     starts = range(0, count, size)
-    return [Shard(split, i, start, min(start + size, count)) for i, start in enumerate(starts)]
+    return [Shard(split, i, at, min(at + size, count), count) for i, at in enumerate(starts)]
 
 
 @torch.no_grad()
@@ -149,57 +161,66 @@ def is_whole(shard: Shard, origin: dict[str, str]) -> bool:
         return False
 
 
-def metadata(split: str) -> dict[str, str]:
-    """The metadata of the split's first shard, for whoever must match it."""
-    return read_shard(shard_paths(split)[0])[2]
+def shard_paths(split: str, backbone: str) -> list[Path]:
+    """The shards of a split in order, after a look at what they say they are.
 
-
-def shard_paths(split: str) -> Sequence[Path]:
-    """The shards of a split in order.
+    Only the metadata are read here: a shard's contents are verified when `read_shard` reads them.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none, one is damaged or of another backbone, or some are missing.
     """
+    again = "run `python -m flows.features`"
     paths = sorted((FEATURES / split).glob("*.arrow"))
     if not paths:
-        raise InputError(f"{FEATURES / split} holds no shards: run `python -m flows.features`.")
+        raise InputError(f"{FEATURES / split} holds no shards: {again}.")
+    stop = count = 0
+    for path in paths:
+        try:
+            with pa.memory_map(str(path)) as source:
+                found = pa.ipc.open_file(source).schema.metadata
+            start, end = map(int, found[b"rows"].split(b"-"))
+            count = int(found[b"count"])
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"Shard {path} is damaged ({reason}): {again}.") from None
+        if found.get(b"backbone") != backbone.encode():
+            raise InputError(f"Shard {path} was made with another backbone: {again}.")
+        if start != stop:
+            raise InputError(f"Before shard {path} rows {stop} to {start} are missing: {again}.")
+        stop = end
+    if stop != count:
+        raise InputError(f"{FEATURES / split} holds {stop} rows of {count}: {again}.")
     return paths
 
 
-def load(split: str, backbone: str, count: int) -> tuple[Tensor, Tensor]:
+def load(split: str, backbone: str) -> tuple[Tensor, Tensor]:
     """All features of a split.
 
     Args:
         split: see `Shard`.
         backbone: SHA-256 of the backbone file the features must come from.
-        count: number of rows they must have.
 
     Returns:
         Features, float32 (N, L), and labels, int64 (N,).
 
     Raises:
-        InputError: shards are missing, damaged, of another backbone, or too many or few.
+        InputError: shards are missing, damaged, of another backbone, or do not make up the split.
     """
     parts, labels = [], []
-    for path in shard_paths(split):
-        features, label, found = read_shard(path)
-        if found.get("backbone") != backbone:
-            raise InputError(
-                f"Shard {path} was made with another backbone: run `python -m flows.features`."
-            )
+    for path in shard_paths(split, backbone):
+        features, label, _ = read_shard(path)
         parts.append(features.float())
         labels.append(torch.from_numpy(label.copy()))
-    total = sum(map(len, parts))
-    if total != count:
-        raise InputError(
-            f"{FEATURES / split} holds {total} rows where {count} are expected: "
-            "run `python -m flows.features`."
-        )
     return torch.cat(parts), torch.cat(labels)
 
 
 def origin(
-    backbone: str, preprocessing: dict[str, Any], images: str, shard: Shard, dtype: str, seed: int | None
+    backbone: str,
+    preprocessing: dict[str, Any],
+    images: str,
+    shard: Shard,
+    dtype: str,
+    seed: int | None,
 ) -> dict[str, str]:
     """What a shard is made from, as its metadata record it."""
     return {
@@ -208,6 +229,7 @@ def origin(
         "images": images,
         "split": shard.split,
         "rows": f"{shard.start}-{shard.stop}",
+        "count": str(shard.count),
         "dtype": dtype,
         **({} if seed is None else {"seed": str(seed)}),
     }

@@ -3,16 +3,14 @@
 from dataclasses import dataclass
 from math import floor
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from opnp import tensors
 from opnp.energy import linear_head
 from opnp.errors import InputError
-from opnp.files import atomic
 
 __all__ = ["Percentages", "PruningMask", "check_percentages", "keep"]
 
@@ -137,14 +135,12 @@ class PruningMask:
         bias = head.bias if head.bias is not None else weight.new_zeros(len(weight))
         return linear_head(weight * self.kept.to(weight.device), bias.detach())
 
-    def save(self, path: str | Path, metadata: dict[str, str] | None = None) -> None:
+    def save(self, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
         """Write the mask as safetensors (uint8: 1 where it stays), atomically."""
-        tensors = {
-            name: tensor.to("cpu", torch.uint8).contiguous()
-            for name, tensor in (("weights", self.weights), ("neurons", self.neurons))
-        }
-        with atomic(Path(path)) as temporary:
-            save_file(tensors, temporary, metadata)
+        kept = {"weights": self.weights, "neurons": self.neurons}
+        tensors.save(
+            Path(path), {name: t.to(torch.uint8) for name, t in kept.items()}, metadata or {}
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -153,14 +149,12 @@ class PruningMask:
         Raises:
             InputError: the file is missing, truncated or no mask.
         """
-        try:
-            with safe_open(path, framework="pt") as file:
-                weights, neurons = (file.get_tensor(name).bool() for name in ("weights", "neurons"))
-        except (OSError, SafetensorError) as error:
-            raise InputError(f"{path} is not a whole mask file ({error}): make it again.") from None
-        if weights.ndim != 2 or neurons.shape != weights.shape[1:]:
+        found, _ = tensors.load(Path(path), "make the mask again")
+        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        weights, neurons = shapes.get("weights", ()), shapes.get("neurons", ())
+        if len(weights) != 2 or neurons != weights[1:]:
             raise InputError(
-                f"{path} holds masks of shapes {tuple(weights.shape)} and {tuple(neurons.shape)}, "
-                "which do not belong together: make it again."
+                f"{path} holds no mask of weights (K, L) and neurons (L,) but {shapes}: "
+                "make the mask again."
             )
-        return cls(weights, neurons)
+        return cls(found["weights"].bool(), found["neurons"].bool())

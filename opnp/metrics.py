@@ -59,12 +59,16 @@ def ood_metrics(id_scores: Tensor, ood_scores: Tensor) -> dict[str, float]:
 def check_scores(id_scores: Tensor, ood_scores: Tensor) -> None:
     for name, scores in (("ID", id_scores), ("OOD", ood_scores)):
         if len(scores) == 0:
-            raise InputError(f"There are no {name} scores: a metric needs at least one of each kind.")
+            raise InputError(
+                f"There are no {name} scores: a metric needs at least one of each kind."
+            )
         if scores.isnan().any():
             raise InputError(f"{name} scores hold NaN: check the features and the detector.")
 
 
-def fpr95_auroc(id_scores: Tensor, outlier_scores: Tensor, sizes: list[int]) -> tuple[Tensor, Tensor]:
+def fpr95_auroc(
+    id_scores: Tensor, outlier_scores: Tensor, sizes: list[int]
+) -> tuple[Tensor, Tensor]:
     """``fpr95`` and ``auroc`` against several outlier sets at once, fast enough for a search.
 
     The same figures as `ood_metrics`, from one sort of the ID scores.
@@ -90,7 +94,9 @@ def fpr95_auroc(id_scores: Tensor, outlier_scores: Tensor, sizes: list[int]) -> 
     return 100 * fpr, 100 * auroc
 
 
-def tpr_at_fpr(id_scores: Tensor, ood_scores: Tensor, fpr: NDArray[np.float64]) -> NDArray[np.float64]:
+def tpr_at_fpr(
+    id_scores: Tensor, ood_scores: Tensor, fpr: NDArray[np.float64]
+) -> NDArray[np.float64]:
     """The ROC curve with ID positive: TPR, in [0, 1], at each FPR, linear in between."""
     thresholds = torch.cat([id_scores, ood_scores]).unique().double().numpy()
     kept, passed = (
@@ -137,7 +143,9 @@ def bootstrap(
             )
             for start in range(0, resamples, block)
         ]
-        drawn[name] = {metric: np.concatenate([part[metric] for part in parts]) for metric in METRICS}
+        drawn[name] = {
+            metric: np.concatenate([part[metric] for part in parts]) for metric in METRICS
+        }
     sets = list(drawn.values())
     drawn["mean"] = {
         metric: np.mean([values[metric] for values in sets], axis=0) for metric in METRICS
@@ -171,7 +179,10 @@ def weighted_metrics(
     # Thresholds t are the distinct scores, ascending; a sample passes as ID if its score is ≤ t.
     thresholds, place = np.unique(np.concatenate([id_scores, ood_scores]), return_inverse=True)
     passed = []
-    for weights, at in ((id_weights, place[: len(id_scores)]), (ood_weights, place[len(id_scores) :])):
+    for weights, at in (
+        (id_weights, place[: len(id_scores)]),
+        (ood_weights, place[len(id_scores) :]),
+    ):
         counts = np.zeros((len(weights), len(thresholds)))
         order = np.argsort(at, kind="stable")
         starts = np.flatnonzero(np.r_[True, np.diff(at[order]) > 0])

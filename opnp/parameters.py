@@ -87,9 +87,7 @@ class Search(Section):
     weights_high: list[Percentage]
     neurons_low: list[Percentage]
     neurons_high: list[Percentage]
-    neuron_sensitivity: Annotated[
-        list[Literal["mean", "gradient", "taylor"]], Field(min_length=1)
-    ]
+    neuron_sensitivity: Annotated[list[Literal["mean", "gradient", "taylor"]], Field(min_length=1)]
     max_accuracy_drop: Annotated[float, Field(ge=0)] = 1.0
     proxies: Annotated[list[str], Field(min_length=1)]
 
@@ -146,7 +144,9 @@ def load(path: Path = Path("params.yaml")) -> Parameters:
     try:
         values = yaml.safe_load(Path(path).read_text())
     except FileNotFoundError:
-        raise InputError(f"{path} is missing: run in the project's folder, or copy one there.") from None
+        raise InputError(
+            f"{path} is missing: run in the project's folder, or copy one there."
+        ) from None
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, Mapping):

@@ -93,7 +93,9 @@ def blobs(image: Image, _: Image, rng: Rng) -> Image:
     height, width = image.shape[1:]
     frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
     lowpass = np.exp(-2 * (np.pi * frequency * width / 8) ** 2)
-    smooth = np.fft.irfft2(np.fft.rfft2(rng.standard_normal(image.shape)) * lowpass, (height, width))
+    smooth = np.fft.irfft2(
+        np.fft.rfft2(rng.standard_normal(image.shape)) * lowpass, (height, width)
+    )
     smooth -= smooth.min()
     return (smooth / smooth.max()).astype(np.float32)
 

@@ -140,7 +140,9 @@ class SensitivitySums:
             InputError: there were no samples.
         """
         if self.count == 0:
-            raise InputError("The sensitivity of no samples is undefined: the training set is empty.")
+            raise InputError(
+                "The sensitivity of no samples is undefined: the training set is empty."
+            )
         tensors = (getattr(self, f.name) / self.count for f in fields(self) if f.name != "count")
         return Sensitivity(*tensors, count=self.count)
 

@@ -5,7 +5,6 @@ whose work is divided, the parts of it.
 """
 
 import csv
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import lru_cache
@@ -17,11 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from opnp import artifacts, backbones, datasets, proxies, sources, training
+from opnp import artifacts, backbones, datasets, proxies, sources, tensors, training
 from opnp import features as shards
 from opnp.datasets import ImageSet, Manifest, data_file, read_manifest
 from opnp.energy import logits
@@ -142,8 +139,7 @@ def remove_others(folder: Path, pattern: str, keep: set[Path]) -> None:
 
 def train(parameters: Parameters) -> dict[str, Any]:
     """Train the backbone, or load its checkpoint, and record how well it classifies."""
-    manifest = read_manifest()
-    settings = parameters.train
+    settings, classes = parameters.train, datasets.read_classes(data_file("train"))
     images, labels = {}, {}
     pixels, labels["train"] = datasets.read(
         data_file("train"), parameters.data.mode, parameters.data.image_size
@@ -164,7 +160,7 @@ def train(parameters: Parameters) -> dict[str, Any]:
         spec = {"name": settings.backbone, "width": settings.width, "depth": settings.depth}
         model = backbones.build(
             channels=preprocessing.channels,
-            classes=len(manifest.classes),
+            classes=len(classes),
             **spec,  # type: ignore[arg-type]
         )
         history = []
@@ -187,7 +183,7 @@ def train(parameters: Parameters) -> dict[str, Any]:
         record: dict[str, Any] = {
             f"{split}_accuracy": training.accuracy(model, *both[split]) for split in both
         }
-    backbones.save(model.cpu(), artifacts.BACKBONE, preprocessing, manifest.classes, spec)
+    backbones.save(model.cpu(), artifacts.BACKBONE, preprocessing, classes, spec)
     record |= {
         "parameters": sum(p.numel() for p in model.parameters()),
         "features": model.head.in_features,
@@ -238,6 +234,12 @@ def features(parameters: Parameters) -> None:
 def feature_shards(parameters: Parameters) -> list[Shard]:
     """The shards to compute, in order."""
     manifest, size = read_manifest(), parameters.features.shard_size
+    _, _, classes = backbones.load(artifacts.BACKBONE)
+    if classes != manifest.classes:
+        raise InputError(
+            f"The backbone has {len(classes)} classes and the data have {len(manifest.classes)}, or "
+            "others: run `python -m flows.train` again."
+        )
     counts = {name: entry.count for name, entry in manifest.sets.items()}
     validation = counts["validation"]
     counts |= {f"proxies/{family}": validation for family in parameters.search.proxies}
@@ -294,9 +296,7 @@ def backbone_on(
 
 
 @lru_cache(maxsize=1)
-def validation_images(
-    sha256: str, preprocessing: backbones.Preprocessing
-) -> np.ndarray[Any, Any]:
+def validation_images(sha256: str, preprocessing: backbones.Preprocessing) -> np.ndarray[Any, Any]:
     """All validation images in [0, 1], (N, C, H, W), of which proxies are made."""
     pixels, _ = datasets.read(data_file("validation"), preprocessing.mode, preprocessing.size)
     return unit(pixels).numpy()
@@ -306,16 +306,10 @@ def head_and_features(
     *splits: str, proxies: tuple[str, ...] = ()
 ) -> tuple[backbones.Classifier, list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
     """The backbone, the features and labels of splits, and those of proxy families by name."""
-    model, _, classes = backbones.load(artifacts.BACKBONE)
-    sha256, manifest = digest(artifacts.BACKBONE), read_manifest()
-    if classes != manifest.classes:
-        raise InputError(
-            f"The backbone has {len(classes)} classes and the data have {len(manifest.classes)}, or "
-            "others: run `python -m flows.train` again."
-        )
-    loaded = [shards.load(split, sha256, manifest.sets[split].count) for split in splits]
-    validation = manifest.sets["validation"].count
-    outliers = {name: shards.load(f"proxies/{name}", sha256, validation)[0] for name in proxies}
+    model, _, _ = backbones.load(artifacts.BACKBONE)
+    sha256 = digest(artifacts.BACKBONE)
+    loaded = [shards.load(split, sha256) for split in splits]
+    outliers = {name: shards.load(f"proxies/{name}", sha256)[0] for name in proxies}
     return model, loaded, outliers
 
 
@@ -334,11 +328,9 @@ def sensitivity_shards() -> list[Path]:
     """The feature shards of the training split, in order.
 
     Raises:
-        InputError: they are missing, or not as many rows as there are training images.
+        InputError: they are missing, damaged, of another backbone, or not the whole split.
     """
-    count, sha256 = read_manifest().sets["train"].count, digest(artifacts.BACKBONE)
-    shards.load("train", sha256, count)
-    return list(shards.shard_paths("train"))
+    return shards.shard_paths("train", digest(artifacts.BACKBONE))
 
 
 def sums_file(path: Path) -> Path:
@@ -352,7 +344,7 @@ def sensitivity_shard(parameters: Parameters, path: Path) -> bool:
         "backbone": origin["backbone"],
         "rows": origin["rows"],
         "features": digest(path),
-        "temperature": str(parameters.energy.temperature),
+        "temperature": parameters.energy.temperature,
     }
     try:
         if read_sums(sums_file(path))[1] == metadata:
@@ -370,24 +362,15 @@ def sensitivity_shard(parameters: Parameters, path: Path) -> bool:
 
 
 def write_sensitivity(
-    path: Path, values: SensitivitySums | Sensitivity, metadata: dict[str, str]
+    path: Path, values: SensitivitySums | Sensitivity, metadata: dict[str, Any]
 ) -> None:
-    tensors = {k: v.contiguous() for k, v in vars(values).items() if isinstance(v, Tensor)}
-    with atomic(path) as temporary:
-        save_file(tensors, temporary, {**metadata, "count": str(values.count)})
+    measured = {name: value for name, value in vars(values).items() if isinstance(value, Tensor)}
+    tensors.save(path, measured, {**metadata, "count": values.count})
 
 
-def read_tensors(path: Path, again: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} is missing or damaged ({error}): run `{again}`.") from None
-
-
-def read_sums(path: Path) -> tuple[SensitivitySums, dict[str, str]]:
-    tensors, metadata = read_tensors(path, "python -m flows.sensitivity")
-    return SensitivitySums(**tensors, count=int(metadata.pop("count"))), metadata
+def read_sums(path: Path) -> tuple[SensitivitySums, dict[str, Any]]:
+    sums, metadata = tensors.load(path, "run `python -m flows.sensitivity`")
+    return SensitivitySums(**sums, count=metadata.pop("count")), metadata
 
 
 def merge_sensitivity(plan: list[Path]) -> Sensitivity:
@@ -412,11 +395,11 @@ def read_sensitivity() -> Sensitivity:
     Raises:
         InputError: missing, damaged, or of another backbone.
     """
-    again = "python -m flows.sensitivity"
-    tensors, metadata = read_tensors(artifacts.SENSITIVITY, again)
+    again = "run `python -m flows.sensitivity`"
+    measured, metadata = tensors.load(artifacts.SENSITIVITY, again)
     if metadata.get("backbone") != digest(artifacts.BACKBONE):
-        raise InputError(f"{artifacts.SENSITIVITY} is of another backbone: run `{again}`.")
-    return Sensitivity(**tensors, count=int(metadata["count"]))
+        raise InputError(f"{artifacts.SENSITIVITY} is of another backbone: {again}.")
+    return Sensitivity(**measured, count=metadata["count"])
 
 
 # search -----------------------------------------------------------------------------------------
@@ -465,7 +448,10 @@ def search(parameters: Parameters) -> SearchResult:
     write_trials(result.trials)
     result.mask.save(
         artifacts.MASK,
-        {"backbone": digest(artifacts.BACKBONE), "candidate": json.dumps(asdict(result.best.candidate))},
+        {
+            "backbone": digest(artifacts.BACKBONE),
+            "candidate": asdict(result.best.candidate),
+        },
     )
     write_json(
         artifacts.SEARCH,
@@ -532,7 +518,9 @@ def evaluate(parameters: Parameters) -> dict[str, Any]:
     detectors: dict[str, Detector] = {}
     tuned: dict[str, dict[str, Any]] = {}
     with training.deterministic(threads=1):
-        for name in track(parameters.evaluate.detectors, "tune (detectors)", len(parameters.evaluate.detectors)):
+        for name in track(
+            parameters.evaluate.detectors, "tune (detectors)", len(parameters.evaluate.detectors)
+        ):
             if name in masks:
                 detectors[name] = OPNP.from_mask(None, head, masks[name], temperature)
                 tuned[name] = {key: found[name][key] for key in PERCENTAGES}
@@ -546,7 +534,10 @@ def evaluate(parameters: Parameters) -> dict[str, Any]:
         manifest = read_manifest()
         names = list(manifest.ood)
         _, tests, _ = head_and_features("test", *(f"ood/{name}" for name in names))
-        (h, labels), ood = tests[0], dict(zip(names, (split[0] for split in tests[1:]), strict=True))
+        (h, labels), ood = (
+            tests[0],
+            dict(zip(names, (split[0] for split in tests[1:]), strict=True)),
+        )
         scores = {
             name: {
                 split: comparison.score(detector, head, split_features)
@@ -586,7 +577,9 @@ def evaluate(parameters: Parameters) -> dict[str, Any]:
         artifacts.EVALUATION,
         {
             "hyperparameters": tuned,
-            "sets": {s: {"kind": manifest.ood[s].role, "count": manifest.ood[s].count} for s in names},
+            "sets": {
+                s: {"kind": manifest.ood[s].role, "count": manifest.ood[s].count} for s in names
+            },
             "id_test_samples": len(h),
         },
     )
@@ -604,11 +597,11 @@ def method_mask(method: str, found: dict[str, Any]) -> PruningMask:
     Raises:
         InputError: the saved mask is missing, damaged or for another backbone.
     """
-    again = "python -m flows.search"
     if method == "opnp":
-        _, metadata = read_tensors(artifacts.MASK, again)
+        again = "run `python -m flows.search`"
+        _, metadata = tensors.load(artifacts.MASK, again)
         if metadata.get("backbone") != digest(artifacts.BACKBONE):
-            raise InputError(f"{artifacts.MASK} is for another head: run `{again}`.")
+            raise InputError(f"{artifacts.MASK} is for another head: {again}.")
         return PruningMask.load(artifacts.MASK)
     chosen = found[method]
     return Candidate(

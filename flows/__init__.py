@@ -1,0 +1,22 @@
+"""The pipeline as Prefect flows: one module for each stage, and `pipeline` for all of them.
+
+Settings of the tools are made here, before any of them is imported; what is set in the environment
+wins. No tool reports usage to anybody.
+"""
+
+import os
+
+for name, value in {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
+    "PREFECT_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "DVC_NO_ANALYTICS": "true",
+    # A tracking server that is down is noticed in seconds, not in minutes.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    # cuBLAS is deterministic only with a workspace of fixed size.
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+}.items():
+    os.environ.setdefault(name, value)

@@ -1,0 +1,31 @@
+"""Compute penultimate features, one task for each shard, on GPUs in turn or on the CPU."""
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.stage import collect, command, unless_bad_input, workers
+from opnp import parameters, stages
+from opnp.features import Shard
+
+__all__ = ["features"]
+
+
+@task(retries=2, retry_condition_fn=unless_bad_input, cache_policy=NO_CACHE)
+def feature_shard(shard: Shard, index: int) -> bool:
+    return stages.feature_shard(parameters.load(), shard, index)
+
+
+@flow(task_runner=ThreadPoolTaskRunner(max_workers=workers()))
+def features() -> None:
+    """Compute the features of every split and proxy family; shards that are whole stay."""
+    plan = stages.feature_shards(parameters.load())
+    futures = feature_shard.map(plan, range(len(plan)))
+    computed = sum(collect(futures, "features (shards)", len(plan)))
+    stages.finish_features(plan)
+    if computed < len(plan):
+        print(f"features: {len(plan) - computed} of {len(plan)} shards were there already")
+
+
+if __name__ == "__main__":
+    command(features)

@@ -1,0 +1,56 @@
+"""Fetch the images of the parameters into `data/`, one task for each source."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.stage import command, unless_bad_input, workers
+from flows.versions import record_data
+from opnp import parameters, stages
+from opnp.datasets import ImageSet
+
+__all__ = ["fetch"]
+
+# A download that fails is tried again, in a while.
+retried = {
+    "retries": 3,
+    "retry_delay_seconds": [2, 10, 60],
+    "retry_condition_fn": unless_bad_input,
+    "cache_policy": NO_CACHE,
+}
+
+
+@task(**retried)
+def fetch_id() -> dict[str, ImageSet]:
+    return stages.fetch_id(parameters.load())
+
+
+@task(**retried)
+def fetch_ood(name: str) -> dict[str, ImageSet]:
+    return stages.fetch_ood(parameters.load(), name)
+
+
+@flow(task_runner=ThreadPoolTaskRunner(max_workers=workers()))
+def fetch(accept: bool = False) -> None:
+    """Fetch every source and record the data with DVC.
+
+    Args:
+        accept: record the data even if they differ from what `data.dvc` says the same parameters gave.
+    """
+    chosen = parameters.load()
+    ood = {**chosen.data.near, **chosen.data.far}
+    others = [name for name, source in ood.items() if source != "held-out"]
+    futures = [fetch_id.submit(), *fetch_ood.map(others)]
+    sets: dict[str, Any] = {}
+    for future in futures:
+        sets |= future.result()
+    record_data(stages.write_manifest(chosen, sets), accept)
+
+
+if __name__ == "__main__":
+    command(fetch)

@@ -1,0 +1,119 @@
+"""Run every stage that is not up to date, in one process and against one Prefect server, and record
+the results with DVC and MLflow."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from importlib import import_module
+
+from flows import server, versions
+from flows.stage import hide_input_errors, timed
+from opnp import artifacts, parameters, tracking
+from opnp.errors import InputError
+from opnp.files import read_json
+from opnp.parameters import Parameters
+
+__all__ = ["STAGES", "pipeline"]
+
+STAGES = ("fetch", "train", "features", "sensitivity", "search", "evaluate", "report")
+
+
+def outdated(stage: str, chosen: Parameters) -> bool:
+    """Whether a stage has to run, as DVC sees it."""
+    if stage == "fetch":
+        recorded = {"seed": chosen.seed, "data": chosen.data.model_dump()}
+        return versions.data_changed(recorded)
+    return versions.changed(stage)
+
+
+def run(chosen: Parameters) -> dict[str, float]:
+    """Run the stages that are not up to date as subflows, recording each with DVC when it is done.
+
+    Returns:
+        The wall time in seconds of each stage that ran.
+    """
+    seconds = {}
+    for stage in STAGES:
+        if not outdated(stage, chosen):
+            print(f"{stage}: up to date")
+            continue
+        flow: Callable[[], None] = getattr(import_module(f"flows.{stage}"), stage)
+        seconds[stage] = timed(stage, flow)
+        if stage != "fetch":  # which records its data itself
+            versions.record(stage)
+        print(f"{stage}: done in {seconds[stage]:.1f} s", flush=True)
+    return seconds
+
+
+def pipeline() -> None:
+    """All stages, in order; nothing is done that is done already."""
+    chosen = parameters.load()
+    if any(outdated(stage, chosen) for stage in STAGES):
+        server.start()  # it starts while the libraries are imported
+        from prefect import flow
+
+        hide_input_errors()
+        with server.running():
+            seconds = flow(run, name="pipeline", validate_parameters=False)(chosen)
+        tracking.stash(chosen, seconds)
+    else:
+        print("Nothing has changed since the last run: there is nothing to do.")
+    log()
+    summarize()
+
+
+def log() -> None:
+    """Log what waits for MLflow; if it cannot be reached, say so and go on."""
+    if not tracking.waiting():
+        return
+    try:
+        tracking.log_waiting()
+    except Exception as error:  # whatever the server, the network or its database raise
+        print(
+            f"MLflow at {tracking.tracking_uri()} could not be reached "
+            f"({type(error).__name__}): the run waits in {tracking.UNLOGGED} and is logged with the next.",
+            file=sys.stderr,
+        )
+
+
+def summarize() -> None:
+    """Print the comparison and where to find everything."""
+    from rich.console import Console
+    from rich.table import Table
+
+    metrics = read_json(artifacts.METRICS, "python -m flows.evaluate")
+    rows = metrics["detectors"]
+    columns = list(next(iter(rows.values())))
+    table = Table(title="FPR95 in %, lower is better (mean AUROC beside it)")
+    for column in ("detector", *columns, "AUROC"):
+        table.add_column(column, justify="left" if column == "detector" else "right")
+    for name, by_set in rows.items():
+        cells = []
+        for column in columns:
+            value = by_set[column]["fpr95"]
+            best = value == min(other[column]["fpr95"] for other in rows.values())
+            cells.append(f"[bold]{value:.1f}[/bold]" if best else f"{value:.1f}")
+        table.add_row(name, *cells, f"{by_set['mean']['auroc']:.1f}")
+    console = Console()
+    console.print(table)
+    for what, where in (
+        ("report", artifacts.REPORT),
+        ("mask", artifacts.MASK),
+        (
+            "MLflow",
+            f"{tracking.tracking_uri()}  (mlflow ui --backend-store-uri {tracking.tracking_uri()})",
+        ),
+    ):
+        console.print(f"{what:7} {where}", soft_wrap=True, highlight=False)
+
+
+def main() -> None:
+    argparse.ArgumentParser("python -m flows.pipeline", description=__doc__).parse_args()
+    try:
+        pipeline()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

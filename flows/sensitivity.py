@@ -1,0 +1,35 @@
+"""Measure the sensitivity, one task for each training shard, then merge in shard order."""
+
+from pathlib import Path
+
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from flows.stage import collect, command, unless_bad_input, workers
+from opnp import parameters, stages
+
+__all__ = ["sensitivity"]
+
+
+@task(retries=2, retry_condition_fn=unless_bad_input, cache_policy=NO_CACHE)
+def sensitivity_shard(path: Path) -> bool:
+    return stages.sensitivity_shard(parameters.load(), path)
+
+
+@task(cache_policy=NO_CACHE)
+def merge(plan: list[Path]) -> None:
+    stages.merge_sensitivity(plan)
+
+
+@flow(task_runner=ThreadPoolTaskRunner(max_workers=workers()))
+def sensitivity() -> None:
+    """Sum over every training shard, and merge; sums that are whole stay."""
+    plan = stages.sensitivity_shards()
+    for _ in collect(sensitivity_shard.map(plan), "sensitivity (shards)", len(plan)):
+        pass
+    merge(plan)
+
+
+if __name__ == "__main__":
+    command(sensitivity)

@@ -1,0 +1,150 @@
+"""One Prefect server for a whole run.
+
+Where PREFECT_API_URL (or the Prefect profile) names a server, that one is used. Else one is started
+for the run and ends with it: a run is this process, or, under ``dvc repro``, the DVC process above,
+so that all its stages share one server instead of waiting for one each.
+
+``python -m flows.server PID FILE`` is that server: it writes its address to FILE, and ends when the
+process PID does.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+from opnp.errors import InputError
+from opnp.files import atomic
+
+__all__ = ["running", "start"]
+
+LOGS = Path("logs")
+START_LIMIT = 180.0  # seconds; a first start also creates Prefect's database
+
+
+def owner() -> int:
+    """The process whose end is the end of the run."""
+    if "DVC_ROOT" in os.environ:
+        for ancestor in psutil.Process().parents():
+            try:
+                if any(Path(word).name == "dvc" for word in ancestor.cmdline()[:3]):
+                    return ancestor.pid
+            except psutil.Error:
+                continue
+    return os.getpid()
+
+
+def address_file(pid: int) -> Path:
+    return LOGS / f"prefect-server-{pid}.address"
+
+
+def start() -> None:
+    """Start the run's server if it needs one and has none; do not wait for it."""
+    file = address_file(owner())
+    if os.environ.get("PREFECT_API_URL") or owner() in started or answers(file):
+        return
+    file.unlink(missing_ok=True)  # of a server that was killed, and a process number used again
+    LOGS.mkdir(exist_ok=True)
+    with open(LOGS / "prefect-server.log", "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.server", str(owner()), str(file)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    started[owner()] = process
+
+
+started: dict[int, "subprocess.Popen[bytes]"] = {}
+
+
+def answers(file: Path) -> bool:
+    """Whether the server whose address is in ``file`` is there."""
+    try:
+        with urllib.request.urlopen(f"{file.read_text()}/health", timeout=10) as response:
+            return bool(response.status == 200)
+    except (OSError, ValueError):
+        return False
+
+
+@contextmanager
+def running() -> Iterator[None]:
+    """Run the block against the run's Prefect server.
+
+    Raises:
+        InputError: the server did not start.
+    """
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    if PREFECT_API_URL.value():
+        yield
+        return
+    start()
+    with temporary_settings({PREFECT_API_URL: address()}):
+        yield
+
+
+def address() -> str:
+    """Wait for the run's server and return the URL of its API."""
+    file, process = address_file(owner()), started.get(owner())
+    deadline = time.monotonic() + START_LIMIT
+    while not file.exists():
+        if time.monotonic() > deadline or (process and process.poll() is not None):
+            raise InputError(
+                f"The Prefect server did not start: see {LOGS / 'prefect-server.log'}, or name a "
+                "running one in PREFECT_API_URL."
+            )
+        time.sleep(0.1)
+    return file.read_text()
+
+
+def serve(pid: int, file: Path) -> None:
+    """Serve Prefect's API on a free port of the loopback interface until the process ``pid`` ends."""
+    # As Prefect's own temporary servers: no user interface, no background services.
+    os.environ |= {
+        "PREFECT_UI_ENABLED": "0",
+        "PREFECT__SERVER_EPHEMERAL": "1",
+        "PREFECT__SERVER_FINAL": "1",
+    }
+    import uvicorn
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
+    server = uvicorn.Server(
+        uvicorn.Config(
+            "prefect.server.api.server:create_app", factory=True, log_level="error", lifespan="on"
+        )
+    )
+
+    def watch() -> None:
+        while not server.started and psutil.pid_exists(pid):
+            time.sleep(0.05)
+        with atomic(file) as temporary:
+            temporary.write_text(url)
+        try:
+            psutil.Process(pid).wait()
+        except psutil.NoSuchProcess:
+            pass
+        server.should_exit = True
+        # A client that is gone can leave a connection open; the server must not wait for it.
+        server.force_exit = True
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        server.run(sockets=[listener])
+    finally:
+        file.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]), Path(sys.argv[2]))

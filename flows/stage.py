@@ -1,0 +1,91 @@
+"""What every stage's command has in common."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from flows import server
+from opnp import parameters
+from opnp.errors import InputError
+from opnp.files import write_json
+
+__all__ = [
+    "TIMINGS",
+    "collect",
+    "command",
+    "hide_input_errors",
+    "timed",
+    "unless_bad_input",
+    "workers",
+]
+
+TIMINGS = Path("logs/timings.json")
+
+
+def workers() -> int:
+    """How many tasks run at once: OPNP_WORKERS, else the GPUs, else the cores."""
+    if stated := os.environ.get("OPNP_WORKERS"):
+        if not stated.isdigit() or int(stated) == 0:
+            raise InputError(f"OPNP_WORKERS must be a number of workers, not {stated!r}.")
+        return int(stated)
+    import torch
+
+    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+
+
+def unless_bad_input(task: Any, run: Any, state: Any) -> bool:
+    """Retry a task, except where the input is at fault: it would fail again."""
+    return not isinstance(state.data, InputError) and "InputError" not in (state.message or "")
+
+
+def collect(futures: Iterable[Any], description: str, total: int) -> Iterator[Any]:
+    """The results of mapped tasks in order, showing how many are done."""
+    from opnp.progress import track
+
+    for future in track(futures, description, total):
+        yield future.result()
+
+
+def timed(name: str, stage: Callable[[], Any]) -> float:
+    """Run a stage and note how many seconds it took, outside the artifacts, which hold no times."""
+    start = time.monotonic()
+    stage()
+    seconds = round(time.monotonic() - start, 3)
+    try:
+        before = json.loads(TIMINGS.read_text())
+    except (OSError, ValueError):
+        before = {}
+    write_json(TIMINGS, {**before, name: seconds})
+    return seconds
+
+
+def command(stage: Callable[[], Any]) -> None:
+    """Run a stage's flow as a program: one sentence and exit code 1 if the input is at fault."""
+    name = stage.__name__
+    argparse.ArgumentParser(f"python -m flows.{name}", description=stage.__doc__).parse_args()
+    hide_input_errors()
+    try:
+        parameters.load()
+        with server.running():
+            timed(name, stage)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+def hide_input_errors() -> None:
+    """Keep Prefect from printing a traceback of an error that `command` tells in one sentence."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        told = record.exc_info and isinstance(record.exc_info[1], InputError)
+        return not told and "InputError" not in record.getMessage()
+
+    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, logging.StreamHandler) or "Console" in type(handler).__name__:
+                handler.addFilter(keep)

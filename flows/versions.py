@@ -1,0 +1,98 @@
+"""Data and artifacts under DVC: what has changed, and recording what was made."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from opnp.artifacts import DATA, MANIFEST
+from opnp.errors import InputError
+from opnp.files import atomic
+
+__all__ = ["changed", "data_changed", "record", "record_data"]
+
+DATA_FILE = Path("data.dvc")
+
+
+@contextmanager
+def repository() -> Iterator[Any]:
+    """The DVC repository of the workspace.
+
+    Raises:
+        InputError: the workspace is none, or another DVC command is at work in it.
+    """
+    from dvc.exceptions import DvcException, NotDvcRepoError
+    from dvc.repo import Repo
+
+    logging.getLogger("dvc").setLevel(logging.WARNING)  # no hints on git between our own lines
+    try:
+        with Repo() as repo:
+            yield repo
+    except NotDvcRepoError:
+        raise InputError(
+            "This folder is no DVC workspace: run in the project's folder, or `dvc init` first."
+        ) from None
+    except DvcException as error:
+        raise InputError(f"DVC: {' '.join(str(error).split())}") from error
+
+
+def changed(stage: str) -> bool:
+    """Whether the stage's code, parameters, inputs or outputs differ from what was recorded."""
+    with repository() as repo:
+        return bool(repo.status(targets=[stage]))
+
+
+def record(stage: str) -> None:
+    """Record the stage's outputs in dvc.lock and DVC's cache, as ``dvc repro`` would have."""
+    with repository() as repo:
+        repo.commit(target=stage, force=True)
+
+
+def recorded_data() -> dict[str, Any]:
+    """What `data.dvc` says of the data besides their hash: parameters, and SHA-256 of each file."""
+    try:
+        meta = yaml.safe_load(DATA_FILE.read_text()).get("meta")
+    except FileNotFoundError:
+        return {}
+    except (yaml.YAMLError, AttributeError) as error:
+        raise InputError(f"{DATA_FILE} is damaged ({error}): restore it from git.") from None
+    return meta or {}
+
+
+def data_changed(parameters: dict[str, Any]) -> bool:
+    """Whether `data/` is absent, altered, or made with other parameters than these."""
+    if not MANIFEST.exists() or recorded_data().get("parameters") != parameters:
+        return True
+    with repository() as repo:
+        return bool(repo.status(targets=[str(DATA_FILE)]))
+
+
+def record_data(manifest: Any, accept: bool = False) -> None:
+    """Record `data/` in `data.dvc`, after comparing it with what the same parameters gave before.
+
+    Args:
+        manifest: of the data just fetched.
+        accept: record them even if they differ.
+
+    Raises:
+        InputError: a file differs from its recorded SHA-256.
+    """
+    before = recorded_data()
+    files = {name: entry.sha256 for name, entry in manifest.sets.items()}
+    if before.get("parameters") == manifest.parameters and not accept:
+        for name, sha256 in files.items():
+            if (expected := before["files"].get(name)) != sha256:
+                raise InputError(
+                    f"{DATA / name}.parquet has SHA-256 {sha256[:12]}… where data.dvc records "
+                    f"{str(expected)[:12]}…: install the pinned versions (constraints.txt), or run "
+                    "`python -m flows.fetch --accept` to record what this machine made."
+                )
+    with repository() as repo:
+        repo.add(str(DATA))
+    text = yaml.safe_load(DATA_FILE.read_text())
+    text["meta"] = {"parameters": manifest.parameters, "files": files}
+    with atomic(DATA_FILE) as temporary:
+        temporary.write_text(yaml.safe_dump(text, sort_keys=False))

@@ -1,0 +1,550 @@
+"""The report of a run: one page of everything found, which opens from disk without a network."""
+
+import csv
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from io import StringIO
+from pathlib import Path
+from typing import Any, get_args
+
+import matplotlib
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+import yaml
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.colors import Normalize, to_hex
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from pyarrow import ArrowException
+from safetensors import SafetensorError, safe_open
+
+from opnp import artifacts
+from opnp.errors import InputError
+from opnp.files import digest, read_json
+from opnp.metrics import METRICS, tpr_at_fpr
+from opnp.parameters import Parameters
+from opnp.sensitivity import NeuronSensitivity
+
+__all__ = ["render"]
+
+Array = NDArray[Any]
+
+CANDIDATE = ("weights_low", "weights_high", "neurons_low", "neurons_high", "neuron_sensitivity")
+
+# Okabe and Ito's colours, which differ for every kind of colour vision; grey stands for their
+# yellow, too pale for a line on white. OPNP is dashed and drawn last: it may equal ONP or OPP.
+BLUE, VERMILLION, ORANGE = "#0072B2", "#D55E00", "#E69F00"
+STYLES: dict[str, tuple[str, str, str]] = {
+    "msp": ("MSP", "#767676", "dotted"),
+    "maxlogit": ("MaxLogit", "#56B4E9", "dashed"),
+    "energy": ("Energy", BLUE, "solid"),
+    "react": ("ReAct", "#009E73", "solid"),
+    "dice": ("DICE", "#CC79A7", "dashdot"),
+    "opp": ("OPP", ORANGE, "solid"),
+    "onp": ("ONP", "#000000", "solid"),
+    "opnp": ("OPNP", VERMILLION, "dashed"),
+}
+CUT: dict[str, Any] = {"color": "#000000", "linestyle": "dashed", "linewidth": 1.2}
+
+STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 11,
+    "font.sans-serif": ["DejaVu Sans", "sans-serif"],
+    "font.size": 10,
+    "grid.color": "#e4e4e4",
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "opnp",
+}
+
+
+def render(parameters: Parameters) -> str:
+    """Draw the run in the current folder as one HTML page, the same bits for the same files.
+
+    Raises:
+        InputError: a file is missing, damaged or of another run; the sentence names it.
+    """
+    backbone = read_backbone()
+    pruning = read_pruning(backbone.record["sha256"])
+    evaluation = read_evaluation(parameters, pruning)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": number, "prunes": prunes, "span": span, "name": detector_name}
+    template = environment.from_string(
+        files("opnp").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    )
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user's own settings are
+        matplotlib.rcParams.update(STYLE)
+        page = template.render(
+            parameters=parameters,
+            backbone=backbone,
+            pruning=pruning,
+            evaluation=evaluation,
+            outcome=outcome(pruning, evaluation),
+            best={metric: best(evaluation, metric) for metric in METRICS},
+            histograms=histograms(evaluation),
+            rocs=roc_curves(evaluation),
+            sensitivities=sensitivities(pruning),
+            heat_maps=heat_maps(parameters, pruning),
+            curves=training_curves(backbone.history),
+            yaml=yaml.safe_dump(
+                parameters.model_dump(mode="json"), sort_keys=False, default_flow_style=None
+            ),
+            hashes=read_hashes(backbone),
+        )
+    return page.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+# what is read -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """`training.json`, and the columns of the history, which are empty for a loaded checkpoint."""
+
+    record: dict[str, Any]
+    history: dict[str, Array]
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Sensitivities, all trials of the search, and the mask it chose."""
+
+    sensitivity: dict[str, Array]
+    samples: int
+    search: dict[str, Any]
+    chosen: dict[str, Any]
+    trials: dict[str, Array]
+    mask: dict[str, Array]
+
+    @property
+    def zero(self) -> float:
+        """Share of the head's weights that the mask sets to zero, in percent."""
+        return 100 * (1 - float((self.mask["weights"] & self.mask["neurons"]).mean()))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything measured on the test sets; detectors are in the order of the parameters."""
+
+    table: dict[str, dict[str, dict[str, float]]]
+    intervals: dict[str, dict[str, dict[str, dict[str, float]]]]
+    calibration: dict[str, dict[str, float]]
+    hyperparameters: dict[str, dict[str, Any]]
+    sets: dict[str, dict[str, Any]]
+    id_count: int
+    scores: dict[str, dict[str, Array]]
+    roc: dict[str, Array]
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Names of the OOD sets that are near and far, as far as there are any."""
+        groups = {
+            kind: [name for name, entry in self.sets.items() if entry["kind"] == kind]
+            for kind in ("near", "far")
+        }
+        return {kind: names for kind, names in groups.items() if names}
+
+    @property
+    def before_after(self) -> list[str]:
+        return [name for name in ("energy", "opnp") if name in self.table]
+
+
+@contextmanager
+def reading(path: Path, command: str) -> Iterator[None]:
+    """Turn whatever goes wrong while ``path`` is read into one sentence."""
+    try:
+        yield
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: run `{command}` first.") from None
+    except (ArrowException, LookupError, OSError, SafetensorError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} is damaged ({reason}): run `{command}` again.") from None
+
+
+def select(values: Any, *levels: Iterable[str]) -> Any:
+    """The part of nested mappings with these keys on each level; `KeyError` where one lacks."""
+    if not levels:
+        return values
+    return {key: select(values[key], *levels[1:]) for key in levels[0]}
+
+
+def read_columns(path: Path, command: str, columns: Sequence[str]) -> dict[str, Array]:
+    """Numeric columns of a CSV file."""
+    with reading(path, command), open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+        return {name: np.array([float(row[name]) for row in rows]) for name in columns}
+
+
+def read_tensors(path: Path, command: str, backbone: str) -> tuple[dict[str, Array], int]:
+    """Arrays, and the count of samples if any, of a file made for the backbone of this SHA-256."""
+    with reading(path, command), safe_open(path, framework="np") as file:
+        metadata = file.metadata()
+        if metadata["backbone"] != backbone:
+            raise InputError(f"{path} is of another backbone: run `{command}` again.")
+        names = file.keys()
+        return {name: file.get_tensor(name) for name in names}, int(metadata.get("count", 0))
+
+
+def read_backbone() -> Backbone:
+    command = "python -m flows.train"
+    keys = ("train_accuracy", "validation_accuracy", "parameters", "features", "classes", "sha256")
+    with reading(artifacts.TRAINING, command):
+        record = select(read_json(artifacts.TRAINING, command), keys)
+    columns = ("epoch", "loss", "train_accuracy", "validation_accuracy")
+    return Backbone(record, read_columns(artifacts.HISTORY, command, columns))
+
+
+def read_pruning(backbone: str) -> Pruning:
+    measure, search = "python -m flows.sensitivity", "python -m flows.search"
+    tensors, samples = read_tensors(artifacts.SENSITIVITY, measure, backbone)
+    with reading(artifacts.SENSITIVITY, measure):
+        kinds = [f"neurons_{kind}" for kind in get_args(NeuronSensitivity)]
+        sensitivity = select(tensors, ["weights", *kinds])
+    tensors, _ = read_tensors(artifacts.MASK, search, backbone)
+    with reading(artifacts.MASK, search):
+        mask = {name: tensors[name].astype(bool) for name in ("weights", "neurons")}
+    with reading(artifacts.SEARCH, search):
+        found = read_json(artifacts.SEARCH, search)
+        chosen = select(found["opnp"], (*CANDIDATE, "fpr95", "accuracy"))
+        record = select(found, ("candidates", "outliers", "validation_samples", "unpruned"))
+    with reading(artifacts.TRIALS, search):
+        table = pq.read_table(artifacts.TRIALS, columns=list(chosen))
+        trials = {name: table[name].to_numpy() for name in chosen}
+    return Pruning(sensitivity, samples, record, chosen, trials, mask)
+
+
+def read_evaluation(parameters: Parameters, pruning: Pruning) -> Evaluation:
+    command, names = "python -m flows.evaluate", list[str](parameters.evaluate.detectors)
+    with reading(artifacts.EVALUATION, command):
+        record = read_json(artifacts.EVALUATION, command)
+        sets = select(record["sets"], record["sets"], ("kind", "count"))
+        tuned = select(record["hyperparameters"], names)
+        id_count = record["id_test_samples"]
+        if "opnp" in tuned and any(tuned["opnp"][key] != pruning.chosen[key] for key in CANDIDATE):
+            raise InputError(f"{artifacts.EVALUATION} is of another mask: run `{command}` again.")
+    shown = (*sets, "mean")
+    with reading(artifacts.METRICS, command):
+        found = read_json(artifacts.METRICS, command)
+        table = select(found["detectors"], names, shown, METRICS)
+        heads = ["unpruned", *(name for name in names if name in ("opp", "onp", "opnp"))]
+        calibration = select(found["id"], heads, ("accuracy", "ece", "nll"))
+    with reading(artifacts.INTERVALS, command):
+        found = read_json(artifacts.INTERVALS, command)
+        intervals = select(found, names, shown, METRICS, ("low", "high"))
+    with reading(artifacts.SCORES, command):
+        scores_of = pq.read_table(artifacts.SCORES, columns=["set", *names])
+        place = scores_of["set"].to_numpy()
+        scores = {
+            name: {s: scores_of[name].to_numpy()[place == s] for s in ("test", *sets)}
+            for name in names
+        }
+        if missing := {"test", *sets} - set(place):
+            raise LookupError(f"no scores of {min(missing)}")
+    roc = read_columns(artifacts.ROC, command, ("fpr", *names))
+    return Evaluation(table, intervals, calibration, tuned, sets, id_count, scores, roc)
+
+
+def read_hashes(backbone: Backbone) -> dict[str, str]:
+    """SHA-256 of what the run was made of and of what it made."""
+    command = "python -m flows.fetch"
+    with reading(artifacts.MANIFEST, command):
+        sets = read_json(artifacts.MANIFEST, command)["sets"]
+        found = {f"data/{name}.parquet": sets[name]["sha256"] for name in sets}
+    found[str(artifacts.BACKBONE)] = backbone.record["sha256"]
+    return found | {str(path): digest(path) for path in (artifacts.SENSITIVITY, artifacts.MASK)}
+
+
+# words and tables -------------------------------------------------------------------------------
+
+
+def number(value: float, digits: int = 1) -> str:
+    return f"{value:.{digits}f}"
+
+
+def span(interval: Mapping[str, float]) -> str:
+    return f"{number(interval['low'])}–{number(interval['high'])}"
+
+
+def detector_name(name: str) -> str:
+    return STYLES[name][0] if name in STYLES else name
+
+
+def prunes(trial: Mapping[str, Any]) -> str:
+    """What a trial prunes, in words."""
+    parts = []
+    kind = f"neurons by {trial['neuron_sensitivity']} sensitivity"
+    for what, words in (("weights", "weights"), ("neurons", kind)):
+        shares = [(end, trial[f"{what}_{end}"]) for end in ("low", "high")]
+        if named := [f"{end}est {share:g} %" for end, share in shares if share]:
+            parts.append(f"the {' and '.join(named)} of {words}")
+    return " and ".join(parts) or "nothing"
+
+
+def outcome(pruning: Pruning, evaluation: Evaluation) -> str:
+    """The run in one sentence, and who did best in another."""
+    means = {name: values["mean"]["fpr95"] for name, values in evaluation.table.items()}
+    accuracy = {name: values["accuracy"] for name, values in evaluation.calibration.items()}
+    sets = f"over {len(evaluation.sets)} OOD set{'s' * (len(evaluation.sets) > 1)}"
+    parts = []
+    if "energy" in means and "opnp" in means:
+        change = moved(means["energy"], means["opnp"], " (Energy)", " (OPNP)")
+        parts.append(f"the mean FPR95 {sets} {change}")
+    else:
+        parts += [
+            f"{detector_name(name)} has a mean FPR95 of {number(means[name])} % {sets}"
+            for name in evaluation.before_after
+        ]
+    if "opnp" in accuracy:
+        parts.append(f"ID test accuracy {moved(accuracy['unpruned'], accuracy['opnp'])}")
+    else:
+        parts.append(f"ID test accuracy unpruned is {number(accuracy['unpruned'])} %")
+    parts.append(
+        f"the chosen mask prunes {prunes(pruning.chosen)}, "
+        f"which leaves {number(pruning.zero)} % of the head’s weights zero"
+    )
+    sentence = "; ".join(parts)
+    lowest = number(min(means.values()))
+    winners = " and ".join(detector_name(n) for n, mean in means.items() if number(mean) == lowest)
+    return (
+        f"{sentence[0].upper()}{sentence[1:]}. "
+        f"Of the {len(means)} detectors, the lowest mean FPR95 is {lowest} %, by {winners}."
+    )
+
+
+def moved(before: float, after: float, of_before: str = "", of_after: str = "") -> str:
+    """How a percentage changed, as far as its shown digits tell."""
+    old, new = number(before), number(after)
+    if old == new:
+        return f"stayed at {old} %"
+    verb = "fell" if after < before else "rose"
+    return f"{verb} from {old} %{of_before} to {new} %{of_after}"
+
+
+def best(evaluation: Evaluation, metric: str) -> dict[str, str]:
+    """The best value of each OOD set and of the mean, as shown: equal digits are equally good."""
+    choose = min if metric.startswith("fpr95") else max
+    rows = evaluation.table.values()
+    return {s: number(choose(row[s][metric] for row in rows)) for s in (*evaluation.sets, "mean")}
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    background: str
+    colour: str
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Mean FPR95 on the proxies; rows are by the lowest, columns by the highest percentage."""
+
+    what: str
+    kind: str
+    columns: list[float]
+    rows: dict[float, list[Cell | None]]
+
+
+def heat_maps(parameters: Parameters, pruning: Pruning) -> list[HeatMap]:
+    """The search grid by each definition of N: the least over whatever a map does not show.
+
+    As in the search, only trials that keep the accuracy count; a cell without any is None.
+    """
+    trials, chosen = pruning.trials, pruning.chosen
+    floor = trials["accuracy"][0] - parameters.search.max_accuracy_drop
+    accurate = ~(trials["accuracy"] < floor - 1e-9)
+    # Without neuron pruning the definitions agree, and the search tries such masks once, as `mean`.
+    neuronless = (trials["neurons_low"] == 0) & (trials["neurons_high"] == 0)
+    scale = Normalize(trials["fpr95"][accurate].min(), np.percentile(trials["fpr95"][accurate], 75))
+    maps = []
+    for kind in parameters.search.neuron_sensitivity:
+        for what in ("weights", "neurons"):
+            low, high = trials[f"{what}_low"], trials[f"{what}_high"]
+            rows, columns = np.unique(low), np.unique(high)
+            use = accurate & (neuronless | (trials["neuron_sensitivity"] == kind))
+            least = np.full((len(rows), len(columns)), np.inf)
+            place = np.searchsorted(rows, low[use]), np.searchsorted(columns, high[use])
+            np.minimum.at(least, place, trials["fpr95"][use])
+            here = kind == chosen["neuron_sensitivity"]
+            here |= not (chosen["neurons_low"] or chosen["neurons_high"])
+            best_at = (chosen[f"{what}_low"], chosen[f"{what}_high"])
+            cells: dict[float, list[Cell | None]] = {
+                row: [
+                    cell(value, scale, here and (row, column) == best_at)
+                    for column, value in zip(columns.tolist(), line, strict=True)
+                ]
+                for row, line in zip(rows.tolist(), least.tolist(), strict=True)
+            }
+            maps.append(HeatMap(what, kind, columns.tolist(), cells))
+    return maps
+
+
+def cell(value: float, scale: Normalize, chosen: bool) -> Cell | None:
+    if value == np.inf:
+        return None
+    red, green, blue, _ = rgba = matplotlib.colormaps["cividis_r"](float(scale(value)))
+    dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.45
+    return Cell(number(value), to_hex(rgba), "#ffffff" if dark else "#000000", chosen)
+
+
+# plots ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plot:
+    svg: Markup
+    caption: str
+
+
+def axes_for(title: str, x: str, y: str) -> Axes:
+    """The axes of a new plot, small enough to be legible on a telephone."""
+    axes = Figure(figsize=(4.5, 3.0), layout="constrained").add_subplot()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    return axes
+
+
+def plot(axes: Axes, name: str, caption: str, legend: Mapping[str, Any] | None = None) -> Plot:
+    """The finished plot; ``name`` keeps its ids apart from those of the page's other plots."""
+    axes.legend(**legend or {})
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    file = StringIO()
+    # A date, or the version of the library, would make equal results differ.
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(file, format="svg", metadata=no_metadata)
+    svg = file.getvalue()
+    svg = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", svg[svg.index("<svg") :])
+    label = f'<svg role="img" aria-label="{Markup.escape(caption)}"'
+    return Plot(Markup(label + svg.removeprefix("<svg")), caption)
+
+
+def histograms(evaluation: Evaluation) -> list[Plot]:
+    """Energy scores of ID test and each OOD set, before and after pruning, on the same axis."""
+    plots: list[Plot] = []
+    for name in evaluation.sets:
+        pairs = {
+            detector: (-evaluation.scores[detector]["test"], -evaluation.scores[detector][name])
+            for detector in evaluation.before_after
+        }
+        if not pairs:
+            break
+        edges = np.histogram_bin_edges(np.concatenate([s for p in pairs.values() for s in p]), 60)
+        for detector, (id_scores, ood_scores) in pairs.items():
+            title = f"{detector_name(detector)}: ID test and {name}"
+            axes = axes_for(title, "Energy score S (higher: ID)", "Samples per bin (%)")
+            for label, scores, colour in (("ID test", id_scores, BLUE), (name, ood_scores, ORANGE)):
+                share = 100 * np.histogram(scores, edges)[0] / len(scores)
+                axes.stairs(share, edges, fill=True, color=colour, alpha=0.45, label=label)
+                axes.stairs(share, edges, color=colour)
+            n = len(id_scores)
+            threshold = np.sort(id_scores)[n + (-95 * n // 100)]  # the largest to keep 95 % of ID
+            axes.axvline(threshold, label="keeps 95 % of ID", **CUT)
+            caption = (
+                f"{detector_name(detector)} on {name}: 95 % of ID test samples score "
+                f"{number(threshold, 2)} or more, and so do "
+                f"{number(evaluation.table[detector][name]['fpr95'])} % of the OOD samples."
+            )
+            plots.append(plot(axes, f"h{len(plots)}", caption))
+    return plots
+
+
+def roc_curves(evaluation: Evaluation) -> list[Plot]:
+    """ROC curves, ID positive: of all detectors in the mean, and of Energy and OPNP on each set."""
+    fpr = evaluation.roc["fpr"]
+    curves = {"mean over OOD sets": {name: evaluation.roc[name] for name in evaluation.table}}
+    for name in evaluation.sets if evaluation.before_after else ():
+        curves[name] = {
+            detector: 100 * tpr_at_fpr(scores["test"], scores[name], fpr / 100)
+            for detector in evaluation.before_after
+            for scores in [{s: torch.tensor(v) for s, v in evaluation.scores[detector].items()}]
+        }
+    plots: list[Plot] = []
+    for name, by_detector in curves.items():
+        axes = axes_for(f"ROC, {name}", "OOD samples passed, FPR (%)", "ID samples kept, TPR (%)")
+        for detector, tpr in by_detector.items():
+            label, colour, line = STYLES.get(detector, (detector, "#000000", "dotted"))
+            axes.plot(fpr, tpr, color=colour, linestyle=line, label=label)
+        axes.axhline(95, color="#767676", linewidth=0.8)
+        axes.set(xlim=(0, 100), ylim=(0, 102))
+        shown = ", ".join(map(detector_name, by_detector))
+        caption = f"ROC curves, {name}: {shown}. The grey line is a TPR of 95 %."
+        legend = {"loc": "lower right", "ncols": 1 + (len(by_detector) > 4)}
+        plots.append(plot(axes, f"r{len(plots)}", caption, legend))
+    return plots
+
+
+def sensitivities(pruning: Pruning) -> list[Plot]:
+    """Distributions of M and of the chosen N, with what the mask prunes of each."""
+    kind = pruning.chosen["neuron_sensitivity"]
+    plots: list[Plot] = []
+    for what, key, label in (
+        ("weights", "weights", "Parameter sensitivity M"),
+        ("neurons", f"neurons_{kind}", f"Neuron sensitivity N ({kind})"),
+    ):
+        values, kept = pruning.sensitivity[key], pruning.mask[what]
+        axes = axes_for(label, f"{label}, log scale", f"Number of {what}")
+        distribution(axes, values, kept)
+        ends = {"low": values[kept].min(), "high": values[kept].max()}
+        for end in [end for end in ends if pruning.chosen[f"{what}_{end}"]]:
+            axes.axvline(ends[end], **CUT)
+        zeros = int((values == 0).sum())
+        caption = (
+            f"{label} of {values.size} {what}: {int((~kept).sum())} pruned (beyond dashed lines), "
+            f"{zeros or 'none'} exactly zero{', in their own bar at the left' * bool(zeros)}."
+        )
+        plots.append(plot(axes, f"s{len(plots)}", caption))
+    return plots
+
+
+def distribution(axes: Axes, values: Array, kept: Array) -> None:
+    """Histogram on a log scale, pruned on top of kept; zeros have their own bar at the left."""
+    positive = values[values > 0]
+    low, high = (positive.min(), positive.max()) if positive.size else (1.0, 1.0)
+    # A little wider than the values: rounding must lose none of them.
+    edges = np.geomspace(low / 1.0001, high * 1.0001, 41)
+    step = edges[1] / edges[0]
+    axes.set_xscale("log")
+    base, zero_base = np.zeros(40), 0
+    for label, chosen, colour in (("kept", kept, BLUE), ("pruned", ~kept, VERMILLION)):
+        top = base + np.histogram(values[chosen & (values > 0)], edges)[0]
+        axes.stairs(top, edges, baseline=base, fill=True, color=colour, label=label)
+        base = top
+        if zeros := int((values[chosen] == 0).sum()):
+            left = edges[0] / step**4
+            axes.bar(left, zeros, left * (step**2 - 1), zero_base, align="edge", color=colour)
+            zero_base += zeros
+    if zero_base:
+        axes.annotate("zero", (edges[0] / step**3, zero_base), ha="center", va="bottom")
+
+
+def training_curves(history: Mapping[str, Array]) -> list[Plot]:
+    """Accuracy and loss by epoch; none if the backbone was not trained here."""
+    epochs = history["epoch"]
+    if not epochs.size:
+        return []
+    accuracy = axes_for("Accuracy", "Epoch", "Accuracy (%)")
+    accuracy.plot(epochs, history["train_accuracy"], BLUE, label="training")
+    accuracy.plot(epochs, history["validation_accuracy"], VERMILLION, ls="--", label="validation")
+    loss = axes_for("Loss", "Epoch", "Cross-entropy (nats, log scale)")
+    loss.plot(epochs, history["loss"], BLUE, label="training")
+    loss.set_yscale("log")
+    return [
+        plot(accuracy, "t0", f"Accuracy over {epochs.size} epochs."),
+        plot(loss, "t1", f"Training loss over {epochs.size} epochs."),
+    ]
