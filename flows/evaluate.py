@@ -1,4 +1,7 @@
-"""Compare the detectors on the untouched test sets. One task: all detectors share the cached features."""
+"""Compare the detectors on the untouched test sets.
+
+One task: all detectors share the cached features.
+"""
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE

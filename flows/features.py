@@ -2,9 +2,8 @@
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.stage import collect, command, unless_bad_input, workers
+from flows.stage import collect, command, task_runner, unless_bad_input
 from opnp import parameters, stages
 from opnp.features import Shard
 
@@ -16,7 +15,7 @@ def feature_shard(shard: Shard, index: int) -> bool:
     return stages.feature_shard(parameters.load(), shard, index)
 
 
-@flow(task_runner=ThreadPoolTaskRunner(max_workers=workers()))
+@flow(task_runner=task_runner())
 def features() -> None:
     """Compute the features of every split and proxy family; shards that are whole stay."""
     plan = stages.feature_shards(parameters.load())

@@ -1,15 +1,12 @@
 """Fetch the images of the parameters into `data/`, one task for each source."""
 
-import argparse
-import sys
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.stage import command, unless_bad_input, workers
+from flows.stage import command, task_runner, unless_bad_input
 from flows.versions import record_data
 from opnp import parameters, stages
 from opnp.datasets import ImageSet
@@ -17,30 +14,32 @@ from opnp.datasets import ImageSet
 __all__ = ["fetch"]
 
 # A download that fails is tried again, in a while.
-retried = {
-    "retries": 3,
-    "retry_delay_seconds": [2, 10, 60],
-    "retry_condition_fn": unless_bad_input,
-    "cache_policy": NO_CACHE,
-}
+retried: Any = partial(
+    task,
+    retries=3,
+    retry_delay_seconds=[2, 10, 60],
+    retry_condition_fn=unless_bad_input,
+    cache_policy=NO_CACHE,
+)
 
 
-@task(**retried)
+@retried()  # type: ignore[untyped-decorator]
 def fetch_id() -> dict[str, ImageSet]:
     return stages.fetch_id(parameters.load())
 
 
-@task(**retried)
+@retried()  # type: ignore[untyped-decorator]
 def fetch_ood(name: str) -> dict[str, ImageSet]:
     return stages.fetch_ood(parameters.load(), name)
 
 
-@flow(task_runner=ThreadPoolTaskRunner(max_workers=workers()))
+@flow(task_runner=task_runner())
 def fetch(accept: bool = False) -> None:
     """Fetch every source and record the data with DVC.
 
     Args:
-        accept: record the data even if they differ from what `data.dvc` says the same parameters gave.
+        accept: record the data even if they differ from what `data.dvc` has recorded for the same
+            parameters.
     """
     chosen = parameters.load()
     ood = {**chosen.data.near, **chosen.data.far}

@@ -26,7 +26,7 @@ def outdated(stage: str, chosen: Parameters) -> bool:
     return versions.changed(stage)
 
 
-def run(chosen: Parameters) -> dict[str, float]:
+def run_stages(chosen: Parameters) -> dict[str, float]:
     """Run the stages that are not up to date as subflows, recording each with DVC when it is done.
 
     Returns:
@@ -50,11 +50,11 @@ def pipeline() -> None:
     chosen = parameters.load()
     if any(outdated(stage, chosen) for stage in STAGES):
         server.start()  # it starts while the libraries are imported
-        from prefect import flow
+        from prefect import Flow
 
         hide_input_errors()
         with server.running():
-            seconds = flow(run, name="pipeline", validate_parameters=False)(chosen)
+            seconds = Flow(run_stages, name="pipeline")(chosen)
         tracking.stash(chosen, seconds)
     else:
         print("Nothing has changed since the last run: there is nothing to do.")
@@ -70,8 +70,8 @@ def log() -> None:
         tracking.log_waiting()
     except Exception as error:  # whatever the server, the network or its database raise
         print(
-            f"MLflow at {tracking.tracking_uri()} could not be reached "
-            f"({type(error).__name__}): the run waits in {tracking.UNLOGGED} and is logged with the next.",
+            f"MLflow at {tracking.tracking_uri()} could not be reached ({type(error).__name__}): "
+            f"the run waits in {tracking.UNLOGGED} and is logged with the next.",
             file=sys.stderr,
         )
 
@@ -94,14 +94,14 @@ def summarize() -> None:
             best = value == min(other[column]["fpr95"] for other in rows.values())
             cells.append(f"[bold]{value:.1f}[/bold]" if best else f"{value:.1f}")
         table.add_row(name, *cells, f"{by_set['mean']['auroc']:.1f}")
-    console = Console()
+    console, uri = Console(), tracking.tracking_uri()
     console.print(table)
     for what, where in (
         ("report", artifacts.REPORT),
         ("mask", artifacts.MASK),
         (
             "MLflow",
-            f"{tracking.tracking_uri()}  (mlflow ui --backend-store-uri {tracking.tracking_uri()})",
+            f"{uri}  (to look: mlflow ui --backend-store-uri {uri})",
         ),
     ):
         console.print(f"{what:7} {where}", soft_wrap=True, highlight=False)

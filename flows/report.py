@@ -1,4 +1,4 @@
-"""Draw the report, one self-contained page. One task."""
+"""Draw the report, one self-contained page."""
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE

@@ -1,4 +1,7 @@
-"""Search the best mask on validation features and proxy outliers. One task: the candidates share one set of features in memory."""
+"""Search the best mask on validation features and proxy outliers.
+
+One task: the candidates share one set of features in memory.
+"""
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE

@@ -4,9 +4,8 @@ from pathlib import Path
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
-from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.stage import collect, command, unless_bad_input, workers
+from flows.stage import collect, command, task_runner, unless_bad_input
 from opnp import parameters, stages
 
 __all__ = ["sensitivity"]
@@ -22,7 +21,7 @@ def merge(plan: list[Path]) -> None:
     stages.merge_sensitivity(plan)
 
 
-@flow(task_runner=ThreadPoolTaskRunner(max_workers=workers()))
+@flow(task_runner=task_runner())
 def sensitivity() -> None:
     """Sum over every training shard, and merge; sums that are whole stay."""
     plan = stages.sensitivity_shards()

@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -108,7 +108,7 @@ def address() -> str:
 
 
 def serve(pid: int, file: Path) -> None:
-    """Serve Prefect's API on a free port of the loopback interface until the process ``pid`` ends."""
+    """Serve Prefect's API on a free port of loopback until the process ``pid`` ends."""
     # As Prefect's own temporary servers: no user interface, no background services.
     os.environ |= {
         "PREFECT_UI_ENABLED": "0",
@@ -130,10 +130,8 @@ def serve(pid: int, file: Path) -> None:
             time.sleep(0.05)
         with atomic(file) as temporary:
             temporary.write_text(url)
-        try:
+        with suppress(psutil.NoSuchProcess):
             psutil.Process(pid).wait()
-        except psutil.NoSuchProcess:
-            pass
         server.should_exit = True
         # A client that is gone can leave a connection open; the server must not wait for it.
         server.force_exit = True

@@ -15,28 +15,21 @@ from opnp import parameters
 from opnp.errors import InputError
 from opnp.files import write_json
 
-__all__ = [
-    "TIMINGS",
-    "collect",
-    "command",
-    "hide_input_errors",
-    "timed",
-    "unless_bad_input",
-    "workers",
-]
+__all__ = ["collect", "command", "hide_input_errors", "task_runner", "timed", "unless_bad_input"]
 
 TIMINGS = Path("logs/timings.json")
 
 
-def workers() -> int:
-    """How many tasks run at once: OPNP_WORKERS, else the GPUs, else the cores."""
-    if stated := os.environ.get("OPNP_WORKERS"):
-        if not stated.isdigit() or int(stated) == 0:
-            raise InputError(f"OPNP_WORKERS must be a number of workers, not {stated!r}.")
-        return int(stated)
+def task_runner() -> Any:
+    """Threads that run tasks: OPNP_WORKERS of them, else one for each GPU, else for each core."""
     import torch
+    from prefect.task_runners import ThreadPoolTaskRunner
 
-    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    stated = os.environ.get("OPNP_WORKERS", "")
+    if stated and not (stated.isdigit() and int(stated)):
+        sys.exit(f"error: OPNP_WORKERS must be a number of workers, not {stated!r}.")
+    workers = int(stated or 0) or torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    return ThreadPoolTaskRunner(max_workers=workers)
 
 
 def unless_bad_input(task: Any, run: Any, state: Any) -> bool:

@@ -1,4 +1,7 @@
-"""Train the backbone, or load its checkpoint. One task: training is not divided."""
+"""Train the backbone, or load its checkpoint.
+
+One task: training is not divided.
+"""
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE

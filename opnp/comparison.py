@@ -1,7 +1,7 @@
 """OOD detectors on the same features, each tuned on the same proxies.
 
-Adding a detector is one line in `DETECTORS`: any pytorch-ood detector of logits, features or feature
-maps runs here, on cached features, through the three functions below.
+Adding a detector is one line in `DETECTORS`: any pytorch-ood detector of logits, features or
+feature maps runs here, on cached features, through the three functions below.
 """
 
 from collections.abc import Callable, Mapping

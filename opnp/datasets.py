@@ -209,7 +209,7 @@ def read(
             stop = total if stop is None else stop
             if stop > total:
                 raise InputError(
-                    f"{path} holds {total} images, {stop} were expected: run `python -m flows.fetch`."
+                    f"{path} holds {total} images, not {stop}: run `python -m flows.fetch`."
                 )
             if start >= stop:
                 raise InputError(f"{path} holds no images: correct section data of params.yaml.")

@@ -34,8 +34,8 @@ class OPNP(FeaturesDetector):
     Source: Chen et al., "Optimal Parameter and Neuron Pruning for Out-of-Distribution Detection",
     NeurIPS 2023, arXiv 2402.10062.
 
-    >>> detector = OPNP(model.encoder, model.head, weights=(0, 1), neurons=(10, 2))  # doctest: +SKIP
-    >>> scores = detector.fit(train_loader).predict(images)  # doctest: +SKIP
+        detector = OPNP(model.encoder, model.head, weights=(0, 1), neurons=(10, 2))
+        scores = detector.fit(train_loader).predict(images)
     """
 
     info = DetectorInfo(
@@ -45,7 +45,7 @@ class OPNP(FeaturesDetector):
             year=2023,
             url="https://arxiv.org/abs/2402.10062",
         ),
-        tasks={Task.CLASSIFICATION},  # type: ignore[arg-type]
+        tasks={Task.CLASSIFICATION},
     )
 
     requires_fit = True
@@ -111,7 +111,9 @@ class OPNP(FeaturesDetector):
         self.mask = mask
 
     def fit(self, data_loader: Any) -> Self:
-        """Measure the sensitivity over a loader of ``(x, y)`` and prune; labels below 0 are ignored.
+        """Measure the sensitivity over a loader of ``(x, y)`` and prune.
+
+        Samples with labels below zero are ignored.
 
         Raises:
             ModelNotSetException: there is no encoder.
@@ -148,7 +150,7 @@ class OPNP(FeaturesDetector):
         return Candidate(self.weights, self.neurons, self.neuron_sensitivity)
 
     def set_hyperparameters(self, **kwargs: Any) -> Self:
-        """Set percentages; a fitted detector is pruned anew from the sensitivity it has measured."""
+        """Set percentages; a fitted detector is pruned anew from its sensitivity."""
         super().set_hyperparameters(**kwargs)
         if self.sensitivity is not None:
             self._prune(self._candidate().mask(self.sensitivity))

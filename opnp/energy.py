@@ -67,7 +67,7 @@ def check_head(features: Tensor, weight: Tensor, bias: Tensor, temperature: floa
 
 
 def linear_head(weight: Tensor, bias: Tensor) -> nn.Linear:
-    """An `nn.Linear` that holds copies of ``weight`` (K, L) and ``bias`` (K,), without gradients."""
+    """An `nn.Linear` with copies of ``weight`` (K, L) and ``bias`` (K,), without gradients."""
     head = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         head.weight.copy_(weight)

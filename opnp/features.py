@@ -1,8 +1,8 @@
 """Penultimate features, computed once and kept: uncompressed Arrow IPC shards of a fixed size.
 
-A shard is the unit of work, of retry and of resume. Its metadata say what it was made from (backbone,
-preprocessing, images, rows, dtype) and hold a checksum of its columns, so that a damaged or a foreign
-shard is told from a whole one without trusting its name.
+A shard is the unit of work, of retry and of resume. Its metadata say what it was made from
+(backbone, preprocessing, images, rows, dtype) and hold a checksum of its columns, so that a damaged
+or a foreign shard is told from a whole one without trusting its name.
 """
 
 import hashlib
@@ -84,7 +84,7 @@ def encode(encoder: nn.Module, batches: Iterable[Tensor], device: torch.device) 
 def checksum(features: NDArray[Any], labels: NDArray[np.int64], rows: NDArray[np.int64]) -> str:
     sha = hashlib.sha256()
     for column in (features, labels, rows):
-        sha.update(np.ascontiguousarray(column))
+        sha.update(np.ascontiguousarray(column).data)
     return sha.hexdigest()
 
 
@@ -112,8 +112,8 @@ def write_shard(
     if not np.isfinite(values).all():
         row = int(rows[~np.isfinite(values).all(axis=1)][0])
         raise InputError(
-            f"The features of {shard.split} hold NaN or infinite values (first in row {row}): check "
-            f"the backbone's weights and images, or set features.dtype to float32 (it is {dtype})."
+            f"The features of {shard.split} hold NaN or infinite values (first in row {row}): "
+            f"check the backbone and the images, or set features.dtype to float32 (it is {dtype})."
         )
     column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
     table = pa.table(

@@ -25,7 +25,7 @@ def check_percentages(name: str, percentages: Percentages) -> None:
         InputError: naming the parameter ``name``.
     """
     low, high = percentages
-    if not (0 <= low and 0 <= high and low + high < 100):
+    if not (low >= 0 and high >= 0 and low + high < 100):
         raise InputError(
             f"{name}=({low:g}, {high:g}) prunes {low + high:g} %: percentages must not be negative "
             "and must sum to less than 100."

@@ -111,9 +111,9 @@ def bootstrap(
 ) -> dict[str, dict[str, tuple[float, float]]]:
     """95 % percentile intervals of every metric, for each OOD set and for their mean.
 
-    ID and OOD samples are drawn anew with replacement; a draw of ID samples serves all sets, so that
-    the interval of the mean respects what the sets share. A resample is a weight for each sample, and
-    all resamples are computed at once from one sort.
+    ID and OOD samples are drawn anew with replacement; a draw of ID samples serves all sets, so
+    that the interval of the mean respects what the sets share. A resample is a weight for each
+    sample, and many resamples are computed at once from one sort.
 
     Args:
         id_scores: outlier scores of ID samples, shape (N,).

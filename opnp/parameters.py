@@ -18,7 +18,7 @@ Positive = Annotated[int, Field(gt=0)]
 
 
 class Section(BaseModel):
-    """Part of the parameters: unknown keys are refused, types are not coerced, values are frozen."""
+    """Part of the parameters: unknown keys are refused, types not coerced, values frozen."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 

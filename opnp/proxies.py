@@ -8,7 +8,7 @@ An image depends only on the seed, its family and its index, never on how the wo
 Images are float32 in [0, 1], shape (C, H, W), in the backbone's input space before normalization.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,12 +55,12 @@ def phase(image: Image, _: Image, rng: Rng) -> Image:
     noise = np.fft.rfft2(rng.standard_normal(image.shape[1:]))
     noise[0, 0] = np.abs(noise[0, 0])  # the mean brightness keeps its sign
     scrambled = np.fft.irfft2(np.abs(spectrum) * np.exp(1j * np.angle(noise)), image.shape[1:])
-    return np.clip(scrambled, 0, 1).astype(np.float32)
+    return np.asarray(np.clip(scrambled, 0, 1), np.float32)
 
 
 def mixup(image: Image, other: Image, _: Rng) -> Image:
     """The average of two images."""
-    return (image + other) / 2
+    return np.asarray((image + other) / 2, np.float32)
 
 
 def inversion(image: Image, _: Image, __: Rng) -> Image:
@@ -117,12 +117,12 @@ FAMILIES: dict[str, Callable[[Image, Image, Rng], Image]] = {
 """Every family by name; each maps (image, another image, generator) to a proxy outlier."""
 
 
-def make(family: str, images: Sequence[Image], rows: range, seed: int) -> Image:
+def make(family: str, images: Image, rows: range, seed: int) -> Image:
     """The proxy outliers of one family for some rows of the validation images.
 
     Args:
         family: a key of `FAMILIES`.
-        images: all validation images, float32 in [0, 1], each of shape (C, H, W).
+        images: all validation images, float32 in [0, 1], shape (N, C, H, W).
         rows: which images to make outliers of.
         seed: the run's seed.
 

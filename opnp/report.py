@@ -22,9 +22,8 @@ from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from pyarrow import ArrowException
-from safetensors import SafetensorError, safe_open
 
-from opnp import artifacts
+from opnp import artifacts, tensors
 from opnp.errors import InputError
 from opnp.files import digest, read_json
 from opnp.metrics import METRICS, tpr_at_fpr
@@ -78,6 +77,7 @@ def render(parameters: Parameters) -> str:
     backbone = read_backbone()
     pruning = read_pruning(backbone.record["sha256"])
     evaluation = read_evaluation(parameters, pruning)
+    hashes = read_hashes(backbone)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -103,7 +103,7 @@ def render(parameters: Parameters) -> str:
             yaml=yaml.safe_dump(
                 parameters.model_dump(mode="json"), sort_keys=False, default_flow_style=None
             ),
-            hashes=read_hashes(backbone),
+            hashes=hashes,
         )
     return page.replace(" %", "\N{NO-BREAK SPACE}%")
 
@@ -172,8 +172,8 @@ def reading(path: Path, command: str) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise InputError(f"{path} is missing: run `{command}` first.") from None
-    except (ArrowException, LookupError, OSError, SafetensorError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
+    except (ArrowException, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise InputError(f"{path} is damaged ({reason}): run `{command}` again.") from None
 
 
@@ -187,18 +187,19 @@ def select(values: Any, *levels: Iterable[str]) -> Any:
 def read_columns(path: Path, command: str, columns: Sequence[str]) -> dict[str, Array]:
     """Numeric columns of a CSV file."""
     with reading(path, command), open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        rows = list(reader)
+        select(dict.fromkeys(reader.fieldnames or ()), columns)  # even where there are no rows
         return {name: np.array([float(row[name]) for row in rows]) for name in columns}
 
 
 def read_tensors(path: Path, command: str, backbone: str) -> tuple[dict[str, Array], int]:
     """Arrays, and the count of samples if any, of a file made for the backbone of this SHA-256."""
-    with reading(path, command), safe_open(path, framework="np") as file:
-        metadata = file.metadata()
+    with reading(path, command):
+        found, metadata = tensors.load(path, f"run `{command}`")
         if metadata["backbone"] != backbone:
             raise InputError(f"{path} is of another backbone: run `{command}` again.")
-        names = file.keys()
-        return {name: file.get_tensor(name) for name in names}, int(metadata.get("count", 0))
+        return {name: tensor.numpy() for name, tensor in found.items()}, metadata.get("count", 0)
 
 
 def read_backbone() -> Backbone:
@@ -212,13 +213,13 @@ def read_backbone() -> Backbone:
 
 def read_pruning(backbone: str) -> Pruning:
     measure, search = "python -m flows.sensitivity", "python -m flows.search"
-    tensors, samples = read_tensors(artifacts.SENSITIVITY, measure, backbone)
+    arrays, samples = read_tensors(artifacts.SENSITIVITY, measure, backbone)
     with reading(artifacts.SENSITIVITY, measure):
         kinds = [f"neurons_{kind}" for kind in get_args(NeuronSensitivity)]
-        sensitivity = select(tensors, ["weights", *kinds])
-    tensors, _ = read_tensors(artifacts.MASK, search, backbone)
+        sensitivity = select(arrays, ["weights", *kinds])
+    arrays, _ = read_tensors(artifacts.MASK, search, backbone)
     with reading(artifacts.MASK, search):
-        mask = {name: tensors[name].astype(bool) for name in ("weights", "neurons")}
+        mask = {name: arrays[name].astype(bool) for name in ("weights", "neurons")}
     with reading(artifacts.SEARCH, search):
         found = read_json(artifacts.SEARCH, search)
         chosen = select(found["opnp"], (*CANDIDATE, "fpr95", "accuracy"))

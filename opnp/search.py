@@ -1,8 +1,8 @@
 """The search for the best mask, without real OOD data.
 
-Every combination of percentages and neuron sensitivity is judged by how well the pruned head's energy
-separates in-distribution (ID) validation features from proxy outliers: the mean FPR95 over the
-outlier sets, AUROC breaking ties, under the constraint that ID accuracy may drop only so much.
+Every combination of percentages and neuron sensitivity is judged by how well the pruned head's
+energy separates in-distribution (ID) validation features from proxy outliers: the mean FPR95 over
+the outlier sets, AUROC breaking ties, under the constraint that ID accuracy may drop only so much.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,7 +28,7 @@ class Candidate:
     Attributes:
         weights: (low, high) in percent.
         neurons: (low, high) in percent.
-        neuron_sensitivity: ``mean``, ``gradient`` or ``taylor``; without effect if no neuron is pruned.
+        neuron_sensitivity: ``mean``, ``gradient`` or ``taylor``; of no effect on (0, 0).
     """
 
     weights: Percentages = (0.0, 0.0)

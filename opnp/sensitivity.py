@@ -143,8 +143,14 @@ class SensitivitySums:
             raise InputError(
                 "The sensitivity of no samples is undefined: the training set is empty."
             )
-        tensors = (getattr(self, f.name) / self.count for f in fields(self) if f.name != "count")
-        return Sensitivity(*tensors, count=self.count)
+        m = self.count
+        return Sensitivity(
+            self.weights / m,
+            self.neurons_mean / m,
+            self.neurons_gradient / m,
+            self.neurons_taylor / m,
+            m,
+        )
 
 
 def parameter_sensitivity(

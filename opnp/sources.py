@@ -145,7 +145,7 @@ def scanned_digits() -> Iterator[Example]:
 
 
 def rendered_letters(size: int, rng: np.random.Generator) -> Iterator[Example]:
-    """Letters in the fonts that ship with matplotlib, white on black, turned and shifted a little."""
+    """Letters in the fonts that ship with matplotlib, white on black, a little askew."""
     import matplotlib
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -175,7 +175,7 @@ def photo_patches(rng: np.random.Generator) -> Iterator[Example]:
 
 
 def noise(size: int, rng: np.random.Generator) -> Iterator[Example]:
-    """Colour images of independent pixels, uniform and Gaussian (σ = 1/4 around mid-grey) in turn."""
+    """Colour images of independent pixels, uniform and Gaussian (σ = 1/4) in turn."""
     shape = (size, size, 3)
     while True:
         yield Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)), -1
@@ -217,7 +217,7 @@ def idx_folder(folder: Path, part: str) -> Iterator[Example]:
     labels = read_idx(folder / f"{part}-labels-idx1-ubyte")
     if len(images) != len(labels):
         raise InputError(
-            f"{folder} holds {len(images)} {part} images but {len(labels)} labels: replace the files."
+            f"{folder} holds {len(images)} {part} images but {len(labels)} labels: replace them."
         )
     for image, label in zip(images, labels, strict=True):
         yield Image.fromarray(image), int(label)

@@ -54,7 +54,7 @@ def fetch_id(parameters: Parameters) -> dict[str, ImageSet]:
     classes, splits = sources.open_id(data.id)
     if unknown := [label for label in data.held_out if label >= len(classes)]:
         raise InputError(
-            f"data.held_out names class {unknown[0]}, but {data.id} has only {len(classes)} classes."
+            f"data.held_out names class {unknown[0]}, but {data.id} has only {len(classes)}."
         )
     known = [label for label in range(len(classes)) if label not in data.held_out]
     if len(known) < 2:
@@ -237,7 +237,7 @@ def feature_shards(parameters: Parameters) -> list[Shard]:
     _, _, classes = backbones.load(artifacts.BACKBONE)
     if classes != manifest.classes:
         raise InputError(
-            f"The backbone has {len(classes)} classes and the data have {len(manifest.classes)}, or "
+            f"The backbone has {len(classes)} classes and the data {len(manifest.classes)}, or "
             "others: run `python -m flows.train` again."
         )
     counts = {name: entry.count for name, entry in manifest.sets.items()}
@@ -247,7 +247,7 @@ def feature_shards(parameters: Parameters) -> list[Shard]:
 
 
 def feature_shard(parameters: Parameters, shard: Shard, index: int) -> bool:
-    """Compute one shard, on the GPU whose turn it is; say False if it was already there and whole."""
+    """Compute one shard, on the GPU whose turn it is; False if it was there already, whole."""
     model_sha = digest(artifacts.BACKBONE)
     device = device_for(index)
     model, preprocessing = backbone_on(model_sha, device)
@@ -552,15 +552,14 @@ def evaluate(parameters: Parameters) -> dict[str, Any]:
 
     table: dict[str, dict[str, dict[str, float]]] = {}
     intervals: dict[str, Any] = {}
-    for name in track(scores, "bootstrap (detectors)", len(scores)):
-        by_set = scores[name]
+    for method, by_set in track(scores.items(), "bootstrap (detectors)", len(scores)):
         against = {split: by_set[split] for split in names}
-        table[name] = {s: metrics.ood_metrics(by_set["test"], against[s]) for s in names}
-        table[name]["mean"] = {
-            metric: float(np.mean([table[name][split][metric] for split in names]))
+        table[method] = {s: metrics.ood_metrics(by_set["test"], against[s]) for s in names}
+        table[method]["mean"] = {
+            metric: float(np.mean([table[method][split][metric] for split in names]))
             for metric in metrics.METRICS
         }
-        intervals[name] = {
+        intervals[method] = {
             split: {metric: {"low": low, "high": high} for metric, (low, high) in values.items()}
             for split, values in metrics.bootstrap(
                 by_set["test"], against, parameters.evaluate.bootstrap, parameters.seed

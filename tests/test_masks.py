@@ -100,9 +100,7 @@ def test_a_larger_percentage_prunes_a_superset(
 def test_zero_percentages_leave_the_energy_bit_for_bit(seed: int, k: int, width: int) -> None:
     head, features = drawn_head(seed, k, width), drawn(seed + 2, 5, width)
     mask = PruningMask.from_sensitivity(drawn(seed + 3, k, width), drawn(seed + 4, width))
-    assert torch.equal(
-        energy_score(mask.apply(head)(features)), energy_score(head(features))
-    )
+    assert torch.equal(energy_score(mask.apply(head)(features)), energy_score(head(features)))
 
 
 @given(st.integers(0, 10**6), st.integers(1, 6), st.integers(2, 12))

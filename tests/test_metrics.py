@@ -119,10 +119,9 @@ def test_a_weight_counts_a_sample_that_often(
         (tensor([score for score, _ in drawn]), [weight for _, weight in drawn])
         for drawn in (inside, outside)
     )
-    repeated = [
-        x.repeat_interleave(torch.tensor(weights)) for x, weights in ((a, a_weights), (b, b_weights))
-    ]
-    expected = ood_metrics(repeated[0], repeated[1])
+    expected = ood_metrics(
+        a.repeat_interleave(torch.tensor(a_weights)), b.repeat_interleave(torch.tensor(b_weights))
+    )
     assert weighted(a, b, a_weights, b_weights) == pytest.approx(expected, abs=1e-9)
 
 
@@ -227,8 +226,7 @@ def test_calibration_equals_the_sum_by_hand() -> None:
 
 def test_calibration_bins_by_confidence_not_by_order() -> None:
     logits, labels = (
-        torch.cat(column)
-        for column in zip(binary(0.6, 100, 70), binary(0.9, 100, 80), strict=True)
+        torch.cat(column) for column in zip(binary(0.6, 100, 70), binary(0.9, 100, 80), strict=True)
     )
     order = torch.randperm(200, generator=torch.Generator().manual_seed(0))
     assert calibration(logits[order], labels[order]) == pytest.approx(calibration(logits, labels))
@@ -240,7 +238,7 @@ def test_few_samples_are_calibrated_in_a_single_bin() -> None:
     assert found["ece"] == pytest.approx(25)
 
 
-@pytest.mark.parametrize(
+BROKEN = pytest.mark.parametrize(
     ("inside", "outside", "named"),
     [
         ([], [1.0], "no ID scores"),
@@ -249,10 +247,19 @@ def test_few_samples_are_calibrated_in_a_single_bin() -> None:
         ([1.0], [float("nan")], "OOD scores hold NaN"),
     ],
 )
+
+
+@BROKEN
 def test_scores_without_a_metric_are_refused(
     inside: list[float], outside: list[float], named: str
 ) -> None:
     with pytest.raises(InputError, match=named):
         ood_metrics(tensor(inside), tensor(outside))
+
+
+@BROKEN
+def test_scores_without_an_interval_are_refused(
+    inside: list[float], outside: list[float], named: str
+) -> None:
     with pytest.raises(InputError, match=named):
         bootstrap(tensor(inside), {"a": tensor(outside)}, 10, 0)

@@ -2,6 +2,7 @@
 
 from itertools import product
 from math import nan
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,9 +22,7 @@ GRID = Grid((0, 30), (0, 2.5, 10), (0, 10), (0, 5, 20))
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
-    return torch.randn(
-        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def measured(head: nn.Linear, features: Tensor, temperature: float = 1.0) -> Sensitivity:
@@ -105,9 +104,7 @@ def test_the_grid_has_each_distinct_mask_once() -> None:
     candidates = grid.candidates()
     expected = {
         (wl, wh, nl, nh, kind if nl or nh else "any")
-        for wl, wh, nl, nh, kind in product(
-            (0, 30), (0, 1), (0, 10), (0, 5), ("mean", "taylor")
-        )
+        for wl, wh, nl, nh, kind in product((0, 30), (0, 1), (0, 10), (0, 5), ("mean", "taylor"))
     }
     found = [
         (*c.weights, *c.neurons, c.neuron_sensitivity if any(c.neurons) else "any")
@@ -174,14 +171,10 @@ def test_the_mean_over_the_sets_decides() -> None:
 
 
 @pytest.mark.parametrize("part", ["weights", "neurons"])
-def test_the_choice_can_be_restricted_to_opp_or_onp(
-    unconstrained: SearchResult, part: str
-) -> None:
+def test_the_choice_can_be_restricted_to_opp_or_onp(unconstrained: SearchResult, part: str) -> None:
     other = {"weights": "neurons", "neurons": "weights"}[part]
     allowed = [t for t in unconstrained.trials if getattr(t.candidate, other) == (0, 0)]
-    found = choose(
-        unconstrained.trials, 100.0, lambda c: bool(getattr(c, other) == (0, 0))
-    )
+    found = choose(unconstrained.trials, 100.0, lambda c: bool(getattr(c, other) == (0, 0)))
     assert found == min(allowed, key=rank)
     assert getattr(found.candidate, part) != (0, 0)  # so that the restriction is seen to work
     assert found != unconstrained.best
@@ -193,7 +186,12 @@ def test_outliers_like_the_validation_set_leave_the_head_unpruned() -> None:
     assert found.mask.kept.all()
 
 
-ONLY = {"weights_low": (0,), "weights_high": (0,), "neurons_low": (0,), "neurons_high": (0,)}
+ONLY: dict[str, Any] = {
+    "weights_low": (0,),
+    "weights_high": (0,),
+    "neurons_low": (0,),
+    "neurons_high": (0,),
+}
 
 
 @pytest.mark.parametrize(
@@ -227,7 +225,8 @@ def test_the_neuron_that_misleads_is_found_and_removed(
 
 
 def test_a_head_without_bias_is_searched_as_one_with_a_zero_bias() -> None:
-    bare = nn.Linear(WIDTH, K, bias=False, dtype=torch.float64)
+    bare = nn.Linear(WIDTH, K, bias=False, dtype=torch.float64).requires_grad_(False)
+    bare.weight.copy_(HEAD.weight)
     zero = linear_head(bare.weight, torch.zeros(K, dtype=torch.float64))
     trials = [
         search_masks(head, VALIDATION, OUTLIERS, SENSITIVITY, Grid((0,), (0, 5), (0,), (0,))).trials

@@ -62,8 +62,10 @@ def autograd(
 
 
 def measured(head: Head, temperature: float = 1.0) -> dict[str, Tensor]:
-    neurons = {kind: neuron_sensitivity(*head, temperature, kind) for kind in KINDS}
-    return {"weights": parameter_sensitivity(*head, temperature), **neurons}
+    found = {"weights": parameter_sensitivity(*head, temperature)}
+    for kind in KINDS:
+        found[kind] = neuron_sensitivity(*head, temperature, kind)
+    return found
 
 
 def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:

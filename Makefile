@@ -1,0 +1,32 @@
+# make run     set up, then run the pipeline of params.yaml (the scanned digits, unless changed)
+# make test    set up, then run the tests
+# make repro   set up, then bring everything up to date with `dvc repro`
+# make lint    set up, then check style and types
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup run test repro lint
+
+run: setup
+	@$(BIN)/python -m flows.pipeline
+
+test: setup
+	$(BIN)/python -m pytest
+
+repro: setup
+	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "OPNP needs Python 3.11 or later: name one with make PYTHON=…")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$$(sed -n 's/^uv==//p' constraints.txt)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $@
