@@ -20,6 +20,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import Normalize, to_hex
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from pyarrow import ArrowException
 
@@ -275,7 +276,7 @@ def read_hashes(backbone: Backbone) -> dict[str, str]:
 
 
 def number(value: float, digits: int = 1) -> str:
-    return f"{value:.{digits}f}"
+    return f"{value:.{digits}f}".replace("-", "−")
 
 
 def span(interval: Mapping[str, float]) -> str:
@@ -502,8 +503,9 @@ def sensitivities(pruning: Pruning) -> list[Plot]:
         axes = axes_for(label, f"{label}, log scale", f"Number of {what}")
         distribution(axes, values, kept)
         ends = {"low": values[kept].min(), "high": values[kept].max()}
-        for end in [end for end in ends if pruning.chosen[f"{what}_{end}"]]:
-            axes.axvline(ends[end], **CUT)
+        for end, cut in ends.items():
+            if pruning.chosen[f"{what}_{end}"] and cut > 0:  # a cut among the zeros has no place here
+                axes.axvline(cut, **CUT)
         zeros = int((values == 0).sum())
         caption = (
             f"{label} of {values.size} {what}: {int((~kept).sum())} pruned (beyond dashed lines), "
@@ -532,6 +534,8 @@ def distribution(axes: Axes, values: Array, kept: Array) -> None:
             zero_base += zeros
     if zero_base:
         axes.annotate("zero", (edges[0] / step**3, zero_base), ha="center", va="bottom")
+    axes.set_ylim(0, 1.12 * max(zero_base, *base))
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def training_curves(history: Mapping[str, Array]) -> list[Plot]:

@@ -1,8 +1,106 @@
-"""Settings for every test: reproducible examples, and one thread, since cores are shared."""
+"""One real Prefect server for the whole session, and one real run of the default pipeline."""
 
-import torch
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
 from hypothesis import settings
 
-settings.register_profile("opnp", derandomize=True, deadline=None, max_examples=40)
-settings.load_profile("opnp")
-torch.set_num_threads(1)
+ROOT = Path(__file__).parents[1]
+
+# What a clone holds that a run needs; the rest of a workspace is made by running.
+WORKSPACE = ("opnp", "flows", "params.yaml", "dvc.yaml", "data.dvc", ".dvc/config", ".gitignore")
+
+settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)
+settings.load_profile("fixed")
+
+
+def new_workspace(folder: Path) -> Path:
+    """A git and DVC workspace as a fresh clone would be, with one commit."""
+    for name in WORKSPACE:
+        source, target = ROOT / name, folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy2(source, target)
+    for words in (
+        ("init", "--quiet"),
+        ("config", "user.name", "OPNP tests"),
+        ("config", "user.email", "tests@localhost"),
+        ("add", "--all"),
+        ("commit", "--quiet", "--message", "workspace"),
+    ):
+        subprocess.run(["git", *words], cwd=folder, check=True)
+    return folder
+
+
+def run_program(
+    *words: str, cwd: Path, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command of the environment the tests run in, and keep what it prints."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        words,
+        cwd=cwd,
+        env={**os.environ, "PATH": path, "COLUMNS": "200", **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+@pytest.fixture(scope="session")
+def prefect_api() -> Iterator[str]:
+    """The URL of the session's Prefect server."""
+    import flows.server
+
+    here = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        with flows.server.running():
+            yield flows.server.address()
+    finally:
+        os.chdir(here)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> Path:
+    """A workspace in which ``python -m flows.pipeline`` has run with the default parameters."""
+    folder = new_workspace(tmp_path_factory.mktemp("finished"))
+    done = run_program(
+        "python", "-m", "flows.pipeline", cwd=folder, env={"PREFECT_API_URL": prefect_api}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder / "logs" / "output.txt").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture
+def workspace(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished workspace to change at will; the test runs in it."""
+    folder = tmp_path / "workspace"
+    shutil.copytree(finished, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def call(prefect_api: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], str]:
+    """Run a flow as its command would, expecting it to fail; the one sentence it ends with."""
+    from flows.stage import command
+
+    def run(flow: Any) -> str:
+        monkeypatch.setattr(sys, "argv", [flow.__name__])
+        with pytest.raises(SystemExit) as stop:
+            command(flow)
+        assert isinstance(stop.value.code, str)  # which makes the exit code 1
+        assert stop.value.code.startswith("error: ")
+        return stop.value.code
+
+    return run

@@ -238,7 +238,7 @@ def test_the_default_search_space_holds_valid_percentages_and_the_unpruned_head(
     for name, values in OPNP.hyperparameter_space.items():
         assert (0.0, 0.0) in values
         for value in values:
-            OPNP(None, HEAD, **{name: value})
+            fitted(**{name: value})
 
 
 class Tiny(Benchmark):  # type: ignore[misc, unused-ignore]

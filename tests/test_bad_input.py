@@ -1,0 +1,179 @@
+"""Bad input ends in one sentence, a non-zero exit code, and nothing written over."""
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flows.evaluate import evaluate
+from flows.features import features
+from flows.fetch import fetch
+from flows.search import search
+from flows.sensitivity import sensitivity
+from flows.train import train
+from opnp import artifacts, backbones
+from tests.conftest import run_program
+from tests.test_pipeline import contents, replace
+
+Call = Callable[[object], str]
+
+
+def test_a_program_says_it_in_one_line_and_fails(workspace: Path) -> None:
+    replace(workspace / "params.yaml", "max_accuracy_drop", "max_acuracy_drop")
+    before = contents(workspace)
+    done = run_program("python", "-m", "flows.pipeline", cwd=workspace)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.strip().count("\n") == 0
+    assert "`search.max_acuracy_drop`" in done.stderr
+    assert "`search.max_accuracy_drop`" in done.stderr
+    assert contents(workspace) == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("epochs: 15", "epochs: many", "train.epochs"),
+        ("weights_low: [0, 10, 30, 50]", "weights_low: [0, 98]", "weights_low 98"),
+        ("held_out: [7, 8, 9]", "held_out: [7, 8, 12]", "data.held_out"),
+        ("held_out: [7, 8, 9]", "held_out: [1, 2, 3, 4, 5, 6, 7, 8, 9]", "at least 2"),
+        ("letters: letters", "letters: leters", "leters"),
+        ("id: digits", "id: /nowhere", "/nowhere"),
+    ],
+)
+def test_parameters(workspace: Path, call: Call, old: str, new: str, named: str) -> None:
+    replace(workspace / "params.yaml", old, new)
+    before = contents(workspace)
+    assert named in call(fetch)
+    assert contents(workspace) == before
+
+
+def test_missing_data(workspace: Path, call: Call) -> None:
+    (workspace / "data/validation.parquet").unlink()
+    assert "data/validation.parquet is missing" in call(train)
+
+
+def test_truncated_data(workspace: Path, call: Call) -> None:
+    path = workspace / "data/train.parquet"
+    os.truncate(path, path.stat().st_size // 2)
+    assert "data/train.parquet is damaged" in call(train)
+
+
+def test_empty_split(workspace: Path, call: Call) -> None:
+    path = workspace / "data/train.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
+    before = contents(workspace)
+    assert "data/train.parquet holds no images" in call(train)
+    assert contents(workspace) == before
+
+
+def test_checkpoint_of_another_shape(workspace: Path, call: Call) -> None:
+    other = backbones.build("resnet", 1, 7, 16, 1)
+    torch.save(other.state_dict(), workspace / "other.pt")
+    replace(workspace / "params.yaml", "checkpoint: null", "checkpoint: other.pt")
+    message = call(train)
+    assert "other.pt is for another model" in message
+    assert "(16, 1, 3, 3)" in message
+
+
+def test_checkpoint_with_another_class_count(workspace: Path, call: Call) -> None:
+    other = backbones.build("resnet", 1, 10, 32, 1)
+    save_file(other.state_dict(), workspace / "ten.safetensors")
+    replace(workspace / "params.yaml", "checkpoint: null", "checkpoint: ten.safetensors")
+    message = call(train)
+    assert "`head.weight` is (10, 128) there and (7, 128) here" in message
+
+
+def test_truncated_checkpoint(workspace: Path, call: Call) -> None:
+    other = backbones.build("resnet", 1, 7, 32, 1)
+    torch.save(other.state_dict(), workspace / "cut.pt")
+    os.truncate(workspace / "cut.pt", 5000)
+    replace(workspace / "params.yaml", "checkpoint: null", "checkpoint: cut.pt")
+    assert "cut.pt cannot be read" in call(train)
+
+
+def test_a_good_checkpoint_is_taken_as_it_is(workspace: Path, prefect_api: str) -> None:
+    state = load_file(workspace / artifacts.BACKBONE)
+    torch.save(state, workspace / "good.pt")
+    replace(workspace / "params.yaml", "checkpoint: null", "checkpoint: good.pt")
+    (workspace / artifacts.BACKBONE).unlink()
+    train()
+    loaded = load_file(workspace / artifacts.BACKBONE)
+    assert all(torch.equal(loaded[name], state[name]) for name in state)
+
+
+def test_data_with_other_classes_than_the_backbone(workspace: Path, call: Call) -> None:
+    replace(workspace / artifacts.MANIFEST, '    "6"\n', '    "six"\n')
+    assert "python -m flows.train" in call(features)
+
+
+def test_features_that_are_not_finite(workspace: Path, call: Call) -> None:
+    path = workspace / artifacts.BACKBONE
+    model, preprocessing, classes = backbones.load(path)
+    model.encoder[0].weight[0] = float("inf")  # type: ignore[index,operator]
+    spec: dict[str, object] = {"name": "resnet", "width": 32, "depth": 1}
+    backbones.save(model, path, preprocessing, classes, spec)
+    message = call(features)
+    assert "NaN or infinite" in message
+    assert "train" in message
+
+
+def test_missing_truncated_and_foreign_shards(workspace: Path, call: Call) -> None:
+    path = workspace / "artifacts/features/train/00001.arrow"
+    whole = path.read_bytes()
+    path.unlink()
+    assert "train/00002.arrow rows 256 to 512 are missing" in call(sensitivity)
+    path.write_bytes(whole[: len(whole) // 2])
+    assert "train/00001.arrow is damaged" in call(sensitivity)
+    path.write_bytes(whole[:3000] + bytes([whole[3000] ^ 1]) + whole[3001:])
+    assert "train/00001.arrow is damaged (its checksum differs)" in call(sensitivity)
+    with pa.ipc.open_file(pa.BufferReader(whole)) as reader:
+        table = reader.read_all()
+    foreign = {**table.schema.metadata, b"backbone": b"another"}
+    with pa.ipc.new_file(path, table.schema.with_metadata(foreign)) as writer:
+        writer.write_table(table.replace_schema_metadata(foreign))
+    assert "train/00001.arrow was made with another backbone" in call(sensitivity)
+
+
+def test_a_mask_for_another_head(workspace: Path, call: Call) -> None:
+    from opnp.masks import PruningMask
+
+    metrics = (workspace / artifacts.METRICS).read_bytes()
+    mask = PruningMask.load(workspace / artifacts.MASK)
+    mask.save(workspace / artifacts.MASK, {"backbone": "another"})
+    assert "mask.safetensors is for another head" in call(evaluate)
+    assert (workspace / artifacts.METRICS).read_bytes() == metrics
+
+
+def test_a_sensitivity_of_another_backbone(workspace: Path, call: Call) -> None:
+    from opnp import tensors
+
+    path = workspace / artifacts.SENSITIVITY
+    found, metadata = tensors.load(path, "")
+    tensors.save(path, found, {**metadata, "backbone": "another"})
+    assert "sensitivity.safetensors is of another backbone" in call(search)
+
+
+def test_an_image_that_is_none(workspace: Path, call: Call) -> None:
+    path = workspace / "data/validation.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    rows[3]["image"]["bytes"] = b"no image"
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), path)
+    assert "Image 3 of data/validation.parquet is not a whole image" in call(train)
+
+
+def test_constant_features_still_work(workspace: Path, prefect_api: str) -> None:
+    """Dead features are no bad input: their sensitivity is zero."""
+    measured = load_file(workspace / artifacts.SENSITIVITY)
+    assert np.isfinite(measured["weights"].numpy()).all()
+    shutil.rmtree(workspace / "artifacts/search")
+    search()
+    assert (workspace / artifacts.MASK).is_file()

@@ -1,0 +1,255 @@
+"""The whole pipeline on the real default data: files, records, and what runs again after a change."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flows import pipeline as whole
+from flows import versions
+from opnp import artifacts, parameters, stages, tracking
+from tests.conftest import run_program
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted((folder / "artifacts").rglob("*"))
+        if path.is_file() and path.name != ".gitignore"
+    }
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+def test_run_ends_with_the_comparison_and_where_to_look(finished: Path) -> None:
+    output = (finished / "logs" / "output.txt").read_text()
+    for words in ("opnp", "energy", "artifacts/report/index.html", "mask.safetensors", "mlflow.db"):
+        assert words in output
+
+
+def test_sensitivity_file_has_its_keys_shapes_and_types(finished: Path) -> None:
+    tensors = load_file(finished / artifacts.SENSITIVITY)
+    assert set(tensors) == {"weights", "neurons_mean", "neurons_gradient", "neurons_taylor"}
+    assert tensors["weights"].shape == (7, 128)
+    assert {t.dtype for t in tensors.values()} == {torch.float64}
+    assert {tensors[f"neurons_{kind}"].shape for kind in ("mean", "gradient", "taylor")} == {(128,)}
+
+
+def test_pruning_beats_energy_without_seeing_outliers(finished: Path) -> None:
+    detectors = json.loads((finished / artifacts.METRICS).read_text())["detectors"]
+    energy, opnp = (detectors[name]["mean"]["fpr95"] for name in ("energy", "opnp"))
+    assert 15 < energy < 60
+    assert opnp < energy
+
+
+def test_metrics_hold_every_detector_set_and_metric(finished: Path) -> None:
+    metrics = json.loads((finished / artifacts.METRICS).read_text())
+    assert list(metrics["detectors"]) == [
+        "msp", "maxlogit", "energy", "react", "dice", "opp", "onp", "opnp",
+    ]  # fmt: skip
+    for by_set in metrics["detectors"].values():
+        assert set(by_set) == {"held-out-digits", "letters", "photo-patches", "noise", "mean"}
+        for values in by_set.values():
+            assert set(values) == {"fpr95", "fpr95_ood_positive", "auroc", "aupr_in", "aupr_out"}
+            assert all(0 <= value <= 100 for value in values.values())
+    assert set(metrics["id"]) == {"unpruned", "opp", "onp", "opnp"}
+    drop = metrics["id"]["unpruned"]["accuracy"] - metrics["id"]["opnp"]["accuracy"]
+    assert drop < 3
+
+
+def test_scores_give_the_metrics_again(finished: Path) -> None:
+    from sklearn.metrics import roc_auc_score
+
+    scores = pq.read_table(finished / artifacts.SCORES).to_pandas()
+    metrics = json.loads((finished / artifacts.METRICS).read_text())["detectors"]
+    letters = scores[scores["set"].isin(["test", "letters"])]
+    for name in ("energy", "dice", "opnp"):
+        auroc = 100 * roc_auc_score(letters["set"] == "letters", letters[name])
+        assert auroc == pytest.approx(metrics[name]["letters"]["auroc"], abs=1e-9)
+
+
+def test_splits_are_disjoint(finished: Path) -> None:
+    images = {
+        split: {
+            image["bytes"]
+            for image in pq.read_table(finished / f"data/{split}.parquet")["image"].to_pylist()
+        }
+        for split in ("train", "validation", "test", "ood/held-out-digits")
+    }
+    for first in images:
+        for second in images:
+            assert first == second or not images[first] & images[second]
+
+
+def test_fetch_reproduces_the_committed_hashes(finished: Path) -> None:
+    """The pipeline has fetched without a complaint; this is what it compared."""
+    recorded = versions.yaml.safe_load((finished / "data.dvc").read_text())
+    manifest = json.loads((finished / artifacts.MANIFEST).read_text())
+    assert recorded["meta"]["files"] == {n: s["sha256"] for n, s in manifest["sets"].items()}
+    committed = Path(__file__).parents[1] / "data.dvc"
+    assert recorded == versions.yaml.safe_load(committed.read_text())
+
+
+def test_changed_data_are_refused_by_name(
+    workspace: Path, prefect_api: str, call: Callable[..., str]
+) -> None:
+    from flows.fetch import fetch
+
+    text = (workspace / "data.dvc").read_text()
+    sha256 = json.loads((workspace / artifacts.MANIFEST).read_text())["sets"]["ood/letters"]["sha256"]
+    (workspace / "data.dvc").write_text(text.replace(sha256, "0" * 64))
+    message = call(fetch)
+    assert "data/ood/letters.parquet" in message
+    assert message.count("\n") == 0
+
+
+def test_second_run_has_nothing_to_do(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.stat().st_mtime_ns for path in workspace.glob("artifacts/**/*.*")}
+    monkeypatch.setattr("flows.server.start", lambda: pytest.fail("a server was started"))
+    whole.pipeline()
+    assert "Nothing has changed" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in workspace.glob("artifacts/**/*.*")}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "concerned"),
+    [
+        ("bootstrap: 1000", "bootstrap: 100", ["evaluate", "report"]),
+        ("max_accuracy_drop: 1.0", "max_accuracy_drop: 2.0", ["search", "report"]),
+        ("temperature: 1.0", "temperature: 2.0", ["sensitivity", "search", "evaluate", "report"]),
+        ("    - blobs\n", "", ["features", "search", "evaluate", "report"]),
+        ("epochs: 15", "epochs: 2", ["train", "report"]),
+        ("noise: noise\n", "\n", ["fetch", "report"]),
+    ],
+)
+def test_a_parameter_concerns_only_its_stages(
+    workspace: Path, old: str, new: str, concerned: list[str]
+) -> None:
+    """Stages further down follow once their inputs have changed."""
+    replace(workspace / "params.yaml", old, new)
+    chosen = parameters.load()
+    assert [stage for stage in whole.STAGES if whole.outdated(stage, chosen)] == concerned
+
+
+def test_plain_functions_and_any_number_of_workers_give_the_same_bits(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pipeline has run shards in parallel and in other processes; here they run one by one."""
+    shutil.copytree(finished / "data", tmp_path / "data")
+    shutil.copy2(finished / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    chosen = parameters.load()
+    for stage in whole.STAGES[1:]:
+        getattr(stages, stage)(chosen)
+    assert contents(tmp_path) == contents(finished)
+
+
+def test_an_experiment_runs_only_its_stages_against_one_server(workspace: Path) -> None:
+    """`dvc exp run` starts a process for each stage; they share one Prefect server and leave none."""
+    before = contents(workspace)
+    metrics = run_program("dvc", "metrics", "show", "--json", cwd=workspace)
+    assert json.loads(metrics.stdout)[""]["data"]["artifacts/evaluation/metrics.json"]
+    done = run_program(
+        "dvc", "exp", "run", "-S", "search.max_accuracy_drop=0.5", "-S", "evaluate.bootstrap=50",
+        cwd=workspace,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    ran = [line for line in done.stdout.splitlines() if line.startswith("Running stage")]
+    assert ran == [f"Running stage '{stage}':" for stage in ("search", "evaluate", "report")]
+    assert not list((workspace / "logs").glob("*.address"))
+    after = contents(workspace)
+    kept = "artifacts/sensitivity/sensitivity.safetensors"
+    assert before[kept] == after[kept]
+    assert before["artifacts/evaluation/intervals.json"] != after["artifacts/evaluation/intervals.json"]
+    status = run_program("dvc", "status", "--json", cwd=workspace)
+    assert json.loads(status.stdout) == {}
+    plots = run_program("dvc", "plots", "show", cwd=workspace)
+    assert plots.returncode == 0, plots.stderr
+    assert (workspace / "dvc_plots" / "index.html").is_file()
+    diff = run_program("dvc", "metrics", "diff", "--json", cwd=workspace)
+    assert diff.returncode == 0, diff.stderr
+
+
+def test_mlflow_holds_the_run(workspace: Path) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient("sqlite:///mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("opnp").experiment_id])  # type: ignore[union-attr]
+    assert run.info.status == "FINISHED"
+    metrics = json.loads((workspace / artifacts.METRICS).read_text())
+    logged = run.data.metrics
+    assert logged["opnp/mean/fpr95"] == metrics["detectors"]["opnp"]["mean"]["fpr95"]
+    assert logged["id/opnp/accuracy"] == metrics["id"]["opnp"]["accuracy"]
+    assert logged["seconds/train"] > 0
+    assert run.data.params["search/max_accuracy_drop"] == "1.0"
+    assert run.data.tags["backbone"] == "resnet"
+    assert len(run.data.tags["mlflow.source.git.commit"]) == 40
+    names = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"mask.safetensors", "index.html", "params.yaml", "trials.parquet"} <= names
+    inputs = {entry.dataset.name: entry.dataset.digest for entry in run.inputs.dataset_inputs}
+    assert inputs["train"] == stages.digest(Path("data/train.parquet"), "md5")
+    assert set(inputs) == {"train", "validation", "test", *(f"ood/{n}" for n in metrics["detectors"]["opnp"] if n != "mean")}
+
+
+def test_a_tracking_server_that_is_down_loses_nothing(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    tracking.stash(parameters.load(), {"train": 1.5})
+    whole.log()
+    assert "could not be reached" in capsys.readouterr().err
+    assert len(tracking.waiting()) == 1
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    (run,) = tracking.log_waiting()
+    assert tracking.waiting() == []
+    from mlflow import MlflowClient
+
+    assert MlflowClient("sqlite:///mlflow.db").get_run(run).data.metrics["seconds/train"] == 1.5
+
+
+def test_features_resume_without_computing_a_whole_shard_twice(
+    workspace: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.features import features
+
+    before = contents(workspace)
+    lost, cut, stray = (
+        workspace / "artifacts/features" / name
+        for name in ("train/00001.arrow", "proxies/phase/00000.arrow", "ood/gone/00000.arrow")
+    )
+    lost.unlink()
+    os.truncate(cut, cut.stat().st_size // 2)
+    stray.parent.mkdir()
+    shutil.copy2(workspace / "artifacts/features/test/00000.arrow", stray)
+    times = {p: p.stat().st_mtime_ns for p in workspace.glob("artifacts/features/**/*.arrow")}
+    features()
+    assert contents(workspace) == before
+    again = {p: p.stat().st_mtime_ns for p in workspace.glob("artifacts/features/**/*.arrow")}
+    assert {path for path in again if again[path] != times.get(path)} == {lost, cut}
+
+
+def test_sensitivity_resumes_to_the_same_bits(workspace: Path, prefect_api: str) -> None:
+    from flows.sensitivity import sensitivity
+
+    before = contents(workspace)
+    folder = workspace / "artifacts/sensitivity"
+    (folder / "sensitivity.safetensors").unlink()
+    os.truncate(folder / "shards/00000.safetensors", 100)
+    kept = (folder / "shards/00001.safetensors").stat().st_mtime_ns
+    sensitivity()
+    assert contents(workspace) == before
+    assert (folder / "shards/00001.safetensors").stat().st_mtime_ns == kept
