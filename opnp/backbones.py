@@ -145,7 +145,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises almost anything on a damaged file
-            reason = str(error).splitlines()[0]
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(f"Checkpoint {path} cannot be read ({reason}): replace it.") from None
         if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
             raise InputError(f"Checkpoint {path} holds no state dict: save `model.state_dict()`.")
@@ -162,9 +162,10 @@ def check_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         theirs, ours = (tuple(s[name].shape) if name in s else None for s in (state, expected))
         if theirs != ours:
             raise InputError(
-                f"Checkpoint {path} is for another model: `{name}` is {theirs or 'absent'} there "
-                f"and {ours or 'absent'} here; set train.backbone, width and depth, and the "
-                "classes, to what it was trained with."
+                f"Checkpoint {path} is for another model: `{name}` is "
+                f"{'absent' if theirs is None else theirs} there and "
+                f"{'absent' if ours is None else ours} here; set train.backbone, "
+                "width and depth, and the classes, to what it was trained with."
             )
 
 

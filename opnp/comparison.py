@@ -5,6 +5,7 @@ feature maps runs here, on cached features, through the three functions below.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -13,6 +14,7 @@ from pytorch_ood.api import Detector, FeatureMapsDetector, FeaturesDetector, Log
 from pytorch_ood.detector import DICE, EnergyBased, MaxLogit, MaxSoftmax, ReAct
 from torch import Tensor, nn
 
+from opnp.energy import bias_of
 from opnp.errors import InputError
 from opnp.metrics import fpr95_auroc
 
@@ -24,8 +26,10 @@ DETECTORS: dict[str, Callable[[nn.Linear, float], Detector]] = {
     "msp": lambda head, t: MaxSoftmax(None, t=t),
     "maxlogit": lambda head, t: MaxLogit(None),
     "energy": lambda head, t: EnergyBased(None, t=t),
-    "react": lambda head, t: ReAct(nn.Identity(), head),
-    "dice": lambda head, t: DICE(None, head.weight, head.bias, p=0.9),
+    "react": lambda head, t: ReAct(nn.Identity(), head, detector=partial(EnergyBased.score, t=t)),
+    "dice": lambda head, t: DICE(
+        None, head.weight, bias_of(head), p=0.9, detector=partial(EnergyBased.score, t=t)
+    ),
 }
 """Detectors by name, made from a head (K, L) and the temperature of the energy."""
 

@@ -140,7 +140,9 @@ def write(
     remaining = islice(examples, limit)
     count = 0
     with atomic(path) as temporary:
-        with pq.ParquetWriter(temporary, schema, compression="none") as writer:
+        with pq.ParquetWriter(
+            temporary, schema, compression="none", write_page_checksum=True
+        ) as writer:
             while group := list(islice(remaining, ROW_GROUP)):
                 images = [
                     {"bytes": png(image, size, mode), "path": f"{count + row:08d}.png"}
@@ -201,7 +203,7 @@ def read(
         InputError: the file is missing, truncated or holds fewer rows or other columns.
     """
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             ends = np.cumsum(
                 [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)], dtype=int
             )
@@ -214,18 +216,19 @@ def read(
             if start >= stop:
                 raise InputError(f"{path} holds no images: correct section data of params.yaml.")
             first, last = np.searchsorted(ends, [start, stop - 1], side="right")
-            table = file.read_row_groups(range(first, last + 1), columns=["image", "label"])
+            table = file.read_row_groups(range(first, last + 1), columns=["image.bytes", "label"])
+        encoded = table.column("image").combine_chunks().field("bytes")
+        labels = table.column("label").cast(pa.int64()).to_numpy().copy()
     except FileNotFoundError:
         raise InputError(f"{path} is missing: run `python -m flows.fetch`.") from None
-    except (OSError, pa.ArrowException, KeyError) as error:
+    except (OSError, pa.ArrowException, KeyError, AttributeError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path} is damaged ({reason}): run `python -m flows.fetch`.") from None
     offset = int(ends[first - 1]) if first else 0
-    table = table.slice(start - offset, stop - start)
-    encoded = table.column("image").combine_chunks().field("bytes")
+    chosen = slice(start - offset, stop - offset)
     images = [
-        np.asarray(fit(decode(data.as_py(), f"Image {start + row} of {path}"), size, mode))
-        for row, data in enumerate(encoded)
+        np.asarray(fit(decode(data.as_py() or b"", f"Image {row} of {path}"), size, mode))
+        for row, data in enumerate(encoded[chosen], start)
     ]
     stacked = np.stack(images).reshape(len(images), size, size, -1)
-    return stacked, table.column("label").to_numpy().copy()
+    return stacked, labels[chosen]

@@ -16,7 +16,7 @@ from pytorch_ood.api import (
 from pytorch_ood.utils import extract_features, is_known
 from torch import Tensor, nn
 
-from opnp.energy import energy_score
+from opnp.energy import bias_of, energy_score
 from opnp.errors import InputError
 from opnp.masks import Percentages, PruningMask, check_percentages
 from opnp.search import Candidate
@@ -137,11 +137,8 @@ class OPNP(FeaturesDetector):
         known = x if y is None else x[is_known(y)]
         if len(known) == 0:
             raise InputError("OPNP cannot be fitted: no sample has a label of zero or above.")
-        bias = (
-            self.head.bias if self.head.bias is not None else known.new_zeros(len(self.head.weight))
-        )
         known = known.to(self.head.weight.device)
-        sums = SensitivitySums.of(known, self.head.weight, bias, self.temperature)
+        sums = SensitivitySums.of(known, self.head.weight, bias_of(self.head), self.temperature)
         self.sensitivity = sums.mean()
         self._prune(self._candidate().mask(self.sensitivity))
         return self

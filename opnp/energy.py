@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from opnp.errors import InputError
 
-__all__ = ["check_head", "energy_score", "linear_head", "logits"]
+__all__ = ["bias_of", "check_head", "energy_score", "linear_head", "logits"]
 
 
 def logits(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def energy_score(logits: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def check_head(features: Tensor, weight: Tensor, bias: Tensor, temperature: float = 1.0) -> None:
-    """Refuse a head that does not fit the features, or features that are not finite.
+    """Refuse a head that does not fit the features, and values that are not finite.
 
     Raises:
         InputError: shapes disagree, a value is NaN or infinite, or the temperature is not positive.
@@ -51,6 +51,8 @@ def check_head(features: Tensor, weight: Tensor, bias: Tensor, temperature: floa
             f"The head needs weight (K, L) and bias (K,), not {tuple(weight.shape)} and "
             f"{tuple(bias.shape)}."
         )
+    if not (torch.isfinite(weight).all() and torch.isfinite(bias).all()):
+        raise InputError("The head holds NaN or infinite values: check the model's checkpoint.")
     if features.ndim != 2 or features.shape[1] != weight.shape[1]:
         raise InputError(
             f"Features must have shape (N, {weight.shape[1]}) to fit the head, not "
@@ -64,6 +66,13 @@ def check_head(features: Tensor, weight: Tensor, bias: Tensor, temperature: floa
             f"Features hold NaN or infinite values (first in row {row}): "
             "check the model's inputs and weights."
         )
+
+
+def bias_of(head: nn.Linear) -> Tensor:
+    """The head's bias (K,), detached; zeros for a head without one."""
+    if head.bias is None:
+        return head.weight.detach().new_zeros(head.out_features)
+    return head.bias.detach()
 
 
 def linear_head(weight: Tensor, bias: Tensor) -> nn.Linear:

@@ -69,7 +69,7 @@ def encode(encoder: nn.Module, batches: Iterable[Tensor], device: torch.device) 
     """Penultimate features, float32 (N, L) on the CPU, of batches of normalized images.
 
     Raises:
-        InputError: the encoder's output is not (N, L), or holds NaN or infinite values.
+        InputError: the encoder's output is not (N, L).
     """
     parts = [encoder(batch.to(device, non_blocking=True)).float().cpu() for batch in batches]
     features = torch.cat(parts)
@@ -84,6 +84,7 @@ def encode(encoder: nn.Module, batches: Iterable[Tensor], device: torch.device) 
 def checksum(features: NDArray[Any], labels: NDArray[np.int64], rows: NDArray[np.int64]) -> str:
     sha = hashlib.sha256()
     for column in (features, labels, rows):
+        sha.update(f"{column.dtype} {column.shape} ".encode())
         sha.update(np.ascontiguousarray(column).data)
     return sha.hexdigest()
 
@@ -142,13 +143,13 @@ def read_shard(path: Path) -> tuple[Tensor, NDArray[np.int64], dict[str, str]]:
         values = list_column.flatten().to_numpy().reshape(-1, width)
         labels = table.column("label").to_numpy()
         rows = table.column("index").to_numpy()
-        stated = found.pop("checksum")
+        damaged = found.pop("checksum") != checksum(values, labels, rows)
     except FileNotFoundError:
         raise InputError(f"Shard {path} is missing: {again}.") from None
-    except (OSError, pa.ArrowException, KeyError, AttributeError, UnicodeDecodeError) as error:
+    except (OSError, pa.ArrowException, KeyError, AttributeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"Shard {path} is damaged ({reason}): {again}.") from None
-    if checksum(values, labels, rows) != stated:
+    if damaged:
         raise InputError(f"Shard {path} is damaged (its checksum differs): {again}.")
     return torch.from_numpy(values.copy()), labels, found
 

@@ -1,6 +1,7 @@
 """Masks: which weights and neurons of a head stay, by rank of their sensitivity."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 from math import floor
 from pathlib import Path
 from typing import Any, Self
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from opnp import tensors
-from opnp.energy import linear_head
+from opnp.energy import bias_of, linear_head
 from opnp.errors import InputError
 
 __all__ = ["Percentages", "PruningMask", "check_percentages", "keep"]
@@ -46,7 +47,8 @@ def keep(sensitivity: Tensor, percentages: Percentages) -> Tensor:
         Boolean tensor of the same shape.
     """
     n = sensitivity.numel()
-    low, high = (floor(n * percentage / 100 + 0.5) for percentage in percentages)
+    # Fractions of the decimal that was written: 9.2 % of 375 is 34.5, which floats put below.
+    low, high = (floor(n * Fraction(str(p)) / 100 + Fraction(1, 2)) for p in percentages)
     order = torch.argsort(sensitivity.flatten(), stable=True)
     kept = torch.zeros(n, dtype=torch.bool, device=sensitivity.device)
     kept[order[low : n - high]] = True
@@ -131,9 +133,8 @@ class PruningMask:
                 f"The mask is for a head of shape {tuple(self.weights.shape)}, this one has "
                 f"{tuple(head.weight.shape)}: make a mask for this head."
             )
-        weight = head.weight.detach()
-        bias = head.bias if head.bias is not None else weight.new_zeros(len(weight))
-        return linear_head(weight * self.kept.to(weight.device), bias.detach())
+        kept = self.kept.to(head.weight.device)
+        return linear_head(head.weight.detach() * kept, bias_of(head))
 
     def save(self, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
         """Write the mask as safetensors (uint8: 1 where it stays), atomically."""

@@ -124,8 +124,13 @@ def bootstrap(
     Returns:
         For each set, and ``mean``: each metric's (low, high), in percent.
 
+    Raises:
+        InputError: a set is empty, or a score is NaN.
+
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, section 13.3.
     """
+    for scores in ood_scores.values():
+        check_scores(id_scores, scores)
     rng = np.random.default_rng(seed)
     n = len(id_scores)
     id_weights = rng.multinomial(n, np.full(n, 1 / n), resamples)

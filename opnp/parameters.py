@@ -147,7 +147,7 @@ def load(path: Path = Path("params.yaml")) -> Parameters:
         raise InputError(
             f"{path} is missing: run in the project's folder, or copy one there."
         ) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, Mapping):
         raise InputError(f"{path} holds no parameters: restore it.")

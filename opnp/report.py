@@ -504,7 +504,7 @@ def sensitivities(pruning: Pruning) -> list[Plot]:
         distribution(axes, values, kept)
         ends = {"low": values[kept].min(), "high": values[kept].max()}
         for end, cut in ends.items():
-            if pruning.chosen[f"{what}_{end}"] and cut > 0:  # a cut among the zeros has no place here
+            if pruning.chosen[f"{what}_{end}"] and cut > 0:  # zero has no place here
                 axes.axvline(cut, **CUT)
         zeros = int((values == 0).sum())
         caption = (

@@ -12,7 +12,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from opnp.energy import check_head, energy_score, logits
+from opnp.energy import bias_of, check_head, energy_score, logits
 from opnp.errors import InputError
 from opnp.masks import Percentages, PruningMask, check_percentages, keep
 from opnp.metrics import fpr95_auroc
@@ -72,8 +72,6 @@ class Grid:
         Raises:
             InputError: a combination is out of range.
         """
-        check_percentages("weights", (max(self.weights_low), max(self.weights_high)))
-        check_percentages("neurons", (max(self.neurons_low), max(self.neurons_high)))
         found = {Candidate(): None}
         for kind, *cuts in product(
             self.neuron_sensitivity,
@@ -83,6 +81,8 @@ class Grid:
             self.neurons_high,
         ):
             wl, wh, nl, nh = map(float, cuts)
+            check_percentages("weights", (wl, wh))
+            check_percentages("neurons", (nl, nh))
             # Where no neuron is pruned, the definitions all give the same mask.
             found[Candidate((wl, wh), (nl, nh), kind if nl or nh else "mean")] = None
         return list(found)
@@ -153,14 +153,23 @@ def search_masks(
     Raises:
         InputError: shapes disagree, a set is empty, or the grid is out of range.
     """
-    weight = head.weight.detach()
-    bias = head.bias.detach() if head.bias is not None else weight.new_zeros(len(weight))
+    weight, bias = head.weight.detach(), bias_of(head)
     if not outliers:
         raise InputError("The search needs at least one set of outliers.")
     for name, features in {"ID validation": id_features, **outliers}.items():
         check_head(features, weight, bias, temperature)
         if len(features) == 0:
             raise InputError(f"The set {name!r} is empty: the search needs samples in every set.")
+    if labels is not None and labels.shape != id_features.shape[:1]:
+        raise InputError(
+            f"There are {tuple(labels.shape)} labels for {len(id_features)} ID features: "
+            "give one for each."
+        )
+    if sensitivity.weights.shape != weight.shape:
+        raise InputError(
+            f"The sensitivity is of a head {tuple(sensitivity.weights.shape)}, this one is "
+            f"{tuple(weight.shape)}: measure this head's."
+        )
     trials = list(
         measure(
             weight, bias, id_features, outliers, sensitivity, labels, temperature,

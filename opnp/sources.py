@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 
 from opnp.errors import InputError
 
@@ -45,7 +46,7 @@ def decode(data: bytes, where: str) -> Image.Image:
     try:
         image = Image.open(BytesIO(data))
         image.load()
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise InputError(f"{where} is not a whole image ({error}): replace or remove it.") from None
     return image
 
@@ -206,9 +207,15 @@ def torchvision_set(spec: str, train: bool):  # type: ignore[no-untyped-def]
 
 def parquet_images(path: Path, rng: np.random.Generator) -> Iterator[Example]:
     """Images of a Parquet file in Hugging Face layout, in random order."""
-    column = pq.read_table(path, columns=["image"]).column("image")
-    for index in rng.permutation(len(column)):
-        yield decode(column[int(index)].as_py()["bytes"], f"Image {index} of {path}"), -1
+    try:
+        table = pq.ParquetFile(path).read(columns=["image.bytes"])
+        encoded = table.column("image").combine_chunks().field("bytes")
+    except (OSError, pa.ArrowException, KeyError, AttributeError) as error:
+        raise InputError(
+            f"{path} is no whole Parquet file with a column image.bytes ({error}): replace it."
+        ) from None
+    for index in rng.permutation(len(encoded)):
+        yield decode(encoded[int(index)].as_py() or b"", f"Image {index} of {path}"), -1
 
 
 def idx_folder(folder: Path, part: str) -> Iterator[Example]:
@@ -242,7 +249,7 @@ def read_idx(path: Path) -> Array:
         raise InputError(f"{packed} is damaged ({error}): replace it.") from None
     dimensions = data[3] if data[:3] == b"\0\0\x08" and len(data) > 3 else 0
     header = 4 + 4 * dimensions
-    shape = tuple(np.frombuffer(data[4:header], ">u4").astype(int))
+    shape = [int.from_bytes(data[at : at + 4], "big") for at in range(4, header, 4)]
     if dimensions == 0 or len(data) != header + int(np.prod(shape)):
         raise InputError(f"{path} is not a whole IDX file of unsigned bytes: replace it.")
     return cast(Array, np.frombuffer(data, np.uint8, offset=header).reshape(shape))

@@ -369,7 +369,10 @@ def write_sensitivity(
 
 
 def read_sums(path: Path) -> tuple[SensitivitySums, dict[str, Any]]:
-    sums, metadata = tensors.load(path, "run `python -m flows.sensitivity`")
+    again = "run `python -m flows.sensitivity`"
+    sums, metadata = tensors.load(path, again)
+    if "count" not in metadata:
+        raise InputError(f"{path} does not say how many samples it is of: {again}.")
     return SensitivitySums(**sums, count=metadata.pop("count")), metadata
 
 
@@ -656,5 +659,5 @@ def report(parameters: Parameters) -> Path:
 
     page = render(parameters)
     with atomic(artifacts.REPORT) as temporary:
-        temporary.write_text(page)
+        temporary.write_text(page, encoding="utf-8")
     return artifacts.REPORT

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -314,13 +315,19 @@ def test_a_head_without_bias_scores_as_one_with_a_zero_bias() -> None:
     assert torch.equal(*scores)
 
 
+ENERGY = partial(EnergyBased.score, t=1.5)
+
 # What the comparison runs on cached features against the library run on inputs.
 DIRECT: dict[str, Callable[[], Any]] = {
     "msp": lambda: MaxSoftmax(MODEL, t=1.5),
     "maxlogit": lambda: MaxLogit(MODEL),
     "energy": lambda: EnergyBased(MODEL, t=1.5),
-    "react": lambda: ReAct(ENCODER, HEAD, percentile=0.9).fit(loader((TRAIN, LABELS))),
-    "dice": lambda: DICE(ENCODER, HEAD.weight, HEAD.bias, p=0.9).fit(loader((TRAIN, LABELS))),
+    "react": lambda: ReAct(ENCODER, HEAD, percentile=0.9, detector=ENERGY).fit(
+        loader((TRAIN, LABELS))
+    ),
+    "dice": lambda: DICE(ENCODER, HEAD.weight, HEAD.bias, p=0.9, detector=ENERGY).fit(
+        loader((TRAIN, LABELS))
+    ),
 }
 
 

@@ -1,4 +1,4 @@
-"""The whole pipeline on the real default data: files, records, and what runs again after a change."""
+"""The whole pipeline on its real default data: files, records, what runs again after a change."""
 
 import json
 import os
@@ -106,7 +106,9 @@ def test_changed_data_are_refused_by_name(
     from flows.fetch import fetch
 
     text = (workspace / "data.dvc").read_text()
-    sha256 = json.loads((workspace / artifacts.MANIFEST).read_text())["sets"]["ood/letters"]["sha256"]
+    sha256 = json.loads((workspace / artifacts.MANIFEST).read_text())["sets"]["ood/letters"][
+        "sha256"
+    ]
     (workspace / "data.dvc").write_text(text.replace(sha256, "0" * 64))
     message = call(fetch)
     assert "data/ood/letters.parquet" in message
@@ -157,7 +159,7 @@ def test_plain_functions_and_any_number_of_workers_give_the_same_bits(
 
 
 def test_an_experiment_runs_only_its_stages_against_one_server(workspace: Path) -> None:
-    """`dvc exp run` starts a process for each stage; they share one Prefect server and leave none."""
+    """`dvc exp run` starts a process for each stage; all share one Prefect server, which ends."""
     before = contents(workspace)
     metrics = run_program("dvc", "metrics", "show", "--json", cwd=workspace)
     assert json.loads(metrics.stdout)[""]["data"]["artifacts/evaluation/metrics.json"]
@@ -172,7 +174,10 @@ def test_an_experiment_runs_only_its_stages_against_one_server(workspace: Path) 
     after = contents(workspace)
     kept = "artifacts/sensitivity/sensitivity.safetensors"
     assert before[kept] == after[kept]
-    assert before["artifacts/evaluation/intervals.json"] != after["artifacts/evaluation/intervals.json"]
+    assert (
+        before["artifacts/evaluation/intervals.json"]
+        != after["artifacts/evaluation/intervals.json"]
+    )
     status = run_program("dvc", "status", "--json", cwd=workspace)
     assert json.loads(status.stdout) == {}
     plots = run_program("dvc", "plots", "show", cwd=workspace)
@@ -200,7 +205,12 @@ def test_mlflow_holds_the_run(workspace: Path) -> None:
     assert {"mask.safetensors", "index.html", "params.yaml", "trials.parquet"} <= names
     inputs = {entry.dataset.name: entry.dataset.digest for entry in run.inputs.dataset_inputs}
     assert inputs["train"] == stages.digest(Path("data/train.parquet"), "md5")
-    assert set(inputs) == {"train", "validation", "test", *(f"ood/{n}" for n in metrics["detectors"]["opnp"] if n != "mean")}
+    assert set(inputs) == {
+        "train",
+        "validation",
+        "test",
+        *(f"ood/{n}" for n in metrics["detectors"]["opnp"] if n != "mean"),
+    }
 
 
 def test_a_tracking_server_that_is_down_loses_nothing(
