@@ -52,4 +52,4 @@ def fetch(accept: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    command(fetch)
+    command(fetch, accept="record the data even if data.dvc has recorded others")

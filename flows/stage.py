@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,27 +59,32 @@ def timed(name: str, stage: Callable[[], Any]) -> float:
     return seconds
 
 
-def command(stage: Callable[[], Any]) -> None:
-    """Run a stage's flow as a program: one sentence and exit code 1 if the input is at fault."""
-    name = stage.__name__
-    argparse.ArgumentParser(f"python -m flows.{name}", description=stage.__doc__).parse_args()
+def command(stage: Any, **flags: str) -> None:
+    """Run a stage's flow as a program: one sentence and exit code 1 if the input is at fault.
+
+    Args:
+        stage: the flow.
+        flags: boolean parameters of the flow that are options of the program, with their help.
+    """
+    parser = argparse.ArgumentParser(f"python -m flows.{stage.__name__}", description=stage.__doc__)
+    for flag, text in flags.items():
+        parser.add_argument(f"--{flag}", action="store_true", help=text)
+    chosen = vars(parser.parse_args())
     hide_input_errors()
     try:
         parameters.load()
         with server.running():
-            timed(name, stage)
+            timed(stage.__name__, partial(stage, **chosen))
     except InputError as error:
         sys.exit(f"error: {error}")
 
 
 def hide_input_errors() -> None:
-    """Keep Prefect from printing a traceback of an error that `command` tells in one sentence."""
+    """Keep Prefect from printing the traceback of an error that is told in one sentence."""
 
     def keep(record: logging.LogRecord) -> bool:
-        told = record.exc_info and isinstance(record.exc_info[1], InputError)
-        return not told and "InputError" not in record.getMessage()
+        raised = record.exc_info[1] if record.exc_info else None
+        return not isinstance(raised, InputError) and "InputError" not in record.getMessage()
 
-    for name in ("prefect", "prefect.flow_runs", "prefect.task_runs"):
-        for handler in logging.getLogger(name).handlers:
-            if isinstance(handler, logging.StreamHandler) or "Console" in type(handler).__name__:
-                handler.addFilter(keep)
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        logging.getLogger(name).addFilter(keep)
