@@ -66,7 +66,8 @@ def command(stage: Any, **flags: str) -> None:
         stage: the flow.
         flags: boolean parameters of the flow that are options of the program, with their help.
     """
-    parser = argparse.ArgumentParser(f"python -m flows.{stage.__name__}", description=stage.__doc__)
+    summary = stage.__doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(f"python -m flows.{stage.__name__}", description=summary)
     for flag, text in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=text)
     chosen = vars(parser.parse_args())

@@ -88,6 +88,13 @@ class Block(nn.Module):
         return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
 
 
+class Pool(nn.Module):
+    """Global average pooling; unlike `nn.AdaptiveAvgPool2d`, deterministic on GPUs as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(dim=(2, 3))
+
+
 class ResNet(nn.Sequential):
     """A residual encoder for small images: a stem, three stages, global average pooling.
 
@@ -105,7 +112,7 @@ class ResNet(nn.Sequential):
             for index in range(depth):
                 blocks.append(Block(inputs, outputs, 2 if stage and index == 0 else 1))
                 inputs = outputs
-        super().__init__(*stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        super().__init__(*stem, *blocks, Pool())
 
 
 def build(name: str, channels: int, classes: int, width: int, depth: int) -> Classifier:

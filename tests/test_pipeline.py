@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -170,6 +171,14 @@ def test_an_experiment_runs_only_its_stages_against_one_server(workspace: Path) 
     assert done.returncode == 0, done.stdout + done.stderr
     ran = [line for line in done.stdout.splitlines() if line.startswith("Running stage")]
     assert ran == [f"Running stage '{stage}':" for stage in ("search", "evaluate", "report")]
+    servers = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if "flows.server" in (process.info["cmdline"] or ())
+        and Path(process.cwd()).resolve() == workspace.resolve()
+    ]
+    assert len(servers) <= 1
+    psutil.wait_procs(servers, timeout=60)  # it notices within seconds that DVC has ended
     assert not list((workspace / "logs").glob("*.address"))
     after = contents(workspace)
     kept = "artifacts/sensitivity/sensitivity.safetensors"
