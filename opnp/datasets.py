@@ -19,7 +19,7 @@ from opnp.errors import InputError
 from opnp.files import atomic, digest, read_json
 from opnp.sources import Example, decode, fit
 
-__all__ = ["ImageSet", "Manifest", "data_file", "read", "read_classes", "read_manifest", "write"]
+__all__ = ["ImageSet", "Manifest", "data_file", "read", "read_manifest", "write"]
 
 ROW_GROUP = 1024  # images: what is decoded at once when some rows are read
 
@@ -164,24 +164,6 @@ def png(image: Any, size: int, mode: str) -> bytes:
     buffer = BytesIO()
     fit(image, size, mode).save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def read_classes(path: Path) -> list[str]:
-    """Names of the classes, in the order of their labels, from a file's schema.
-
-    Raises:
-        InputError: the file is missing, damaged or names no classes.
-    """
-    try:
-        metadata = pq.read_schema(path).metadata or {}
-        features = json.loads(metadata[b"huggingface"])["info"]["features"]
-        return list(features["label"]["names"])
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: run `python -m flows.fetch`.") from None
-    except (OSError, pa.ArrowException, KeyError) as error:
-        raise InputError(
-            f"{path} names no classes ({error}): run `python -m flows.fetch`."
-        ) from None
 
 
 def read(

@@ -6,6 +6,7 @@ generator seeded by the run's seed and the source's name, so that it never depen
 """
 
 import gzip
+import json
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from opnp.errors import InputError
 
-__all__ = ["Example", "decode", "fit", "open_id", "open_ood"]
+__all__ = ["Example", "class_names", "decode", "fit", "generator", "open_id", "open_ood"]
 
 Example = tuple[Image.Image, int]
 Array = NDArray[np.uint8]
@@ -65,7 +66,8 @@ def open_id(spec: str) -> tuple[list[str], dict[str, Iterator[Example]]]:
 
     Args:
         spec: ``digits`` (scikit-learn), ``torchvision:NAME`` (downloaded to ``downloads/``), or a
-            folder of IDX files as torchvision keeps them raw.
+            folder: of train.parquet and test.parquet in Hugging Face layout with named classes, or
+            of IDX files as torchvision keeps them raw.
 
     Returns:
         Class names, and the examples of each split the source comes with: ``train`` and ``test``,
@@ -77,17 +79,21 @@ def open_id(spec: str) -> tuple[list[str], dict[str, Iterator[Example]]]:
     if spec == "digits":
         return [str(digit) for digit in range(10)], {"all": scanned_digits()}
     if spec.startswith("torchvision:"):
-        train, test = (torchvision_set(spec, train) for train in (True, False))
-        return list(train.classes), {"train": iter(train), "test": iter(test)}
+        learnt, held = (torchvision_set(spec, train) for train in (True, False))
+        return list(learnt.classes), {"train": iter(learnt), "test": iter(held)}
     folder = Path(spec)
+    train, test = folder / "train.parquet", folder / "test.parquet"
+    if train.is_file() and test.is_file():
+        splits = {"train": parquet_examples(train), "test": parquet_examples(test)}
+        return class_names(train), splits
     if folder.is_dir():
         splits = {
             name: idx_folder(folder, part) for name, part in (("train", "train"), ("test", "t10k"))
         }
         return idx_classes(folder), splits
     raise InputError(
-        f"data.id is {spec!r}, which is neither `digits`, `torchvision:NAME` nor a folder of IDX "
-        "files: correct it in params.yaml."
+        f"data.id is {spec!r}, which is neither `digits`, `torchvision:NAME` nor a folder "
+        "of Parquet or IDX files: correct it in params.yaml."
     )
 
 
@@ -121,13 +127,32 @@ def open_ood(spec: str, size: int, seed: int) -> Iterator[Example]:
         case _ if path.is_dir():
             yield from shuffled(list(idx_folder(path, "t10k")), rng)
         case _ if path.suffix == ".parquet" and path.is_file():
-            yield from parquet_images(path, rng)
+            yield from shuffled(list(parquet_examples(path)), rng)
         case _:
             raise InputError(
                 f"OOD source {spec!r} is neither a known name (letters, photo-patches, noise, "
                 "digits, torchvision:NAME) nor an existing Parquet file or folder: correct it in "
                 "params.yaml."
             )
+
+
+def class_names(path: Path) -> list[str]:
+    """Names of the classes, in the order of their labels, from a Parquet file's schema.
+
+    Raises:
+        InputError: the file is missing, damaged or names no classes.
+    """
+    try:
+        metadata = pq.read_schema(path).metadata or {}
+        features = json.loads(metadata[b"huggingface"])["info"]["features"]
+        return list(features["label"]["names"])
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: fetch or replace it.") from None
+    except (OSError, pa.ArrowException, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{path} is damaged or names no classes ({reason}): fetch or replace it."
+        ) from None
 
 
 def shuffled(examples: list[Example], rng: np.random.Generator) -> Iterator[Example]:
@@ -205,17 +230,20 @@ def torchvision_set(spec: str, train: bool):  # type: ignore[no-untyped-def]
         ) from error
 
 
-def parquet_images(path: Path, rng: np.random.Generator) -> Iterator[Example]:
-    """Images of a Parquet file in Hugging Face layout, in random order."""
+def parquet_examples(path: Path) -> Iterator[Example]:
+    """Images and labels of a Parquet file in Hugging Face layout; −1 where it has no labels."""
     try:
-        table = pq.ParquetFile(path).read(columns=["image.bytes"])
+        file = pq.ParquetFile(path)
+        named = "label" in file.schema_arrow.names
+        table = file.read(columns=["image.bytes", "label"] if named else ["image.bytes"])
         encoded = table.column("image").combine_chunks().field("bytes")
+        labels = table.column("label").to_pylist() if named else [-1] * len(encoded)
     except (OSError, pa.ArrowException, KeyError, AttributeError) as error:
         raise InputError(
             f"{path} is no whole Parquet file with a column image.bytes ({error}): replace it."
         ) from None
-    for index in rng.permutation(len(encoded)):
-        yield decode(encoded[int(index)].as_py() or b"", f"Image {index} of {path}"), -1
+    for index, (data, label) in enumerate(zip(encoded, labels, strict=True)):
+        yield decode(data.as_py() or b"", f"Image {index} of {path}"), label
 
 
 def idx_folder(folder: Path, part: str) -> Iterator[Example]:

@@ -139,7 +139,7 @@ def remove_others(folder: Path, pattern: str, keep: set[Path]) -> None:
 
 def train(parameters: Parameters) -> dict[str, Any]:
     """Train the backbone, or load its checkpoint, and record how well it classifies."""
-    settings, classes = parameters.train, datasets.read_classes(data_file("train"))
+    settings, classes = parameters.train, sources.class_names(data_file("train"))
     images, labels = {}, {}
     pixels, labels["train"] = datasets.read(
         data_file("train"), parameters.data.mode, parameters.data.image_size

@@ -117,7 +117,7 @@ def test_data_with_other_classes_than_the_backbone(workspace: Path, call: Call) 
 def test_features_that_are_not_finite(workspace: Path, call: Call) -> None:
     path = workspace / artifacts.BACKBONE
     model, preprocessing, classes = backbones.load(path)
-    model.encoder[0].weight[0] = float("inf")  # type: ignore[index,operator]
+    model.encoder[0].weight[0] = float("inf")  # type: ignore[index]
     spec: dict[str, object] = {"name": "resnet", "width": 32, "depth": 1}
     backbones.save(model, path, preprocessing, classes, spec)
     message = call(features)

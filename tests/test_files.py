@@ -166,7 +166,7 @@ def test_the_schema_says_image_and_class_label_to_hugging_face() -> None:
     described = json.loads(metadata[b"huggingface"])["info"]["features"]
     assert described["image"] == {"_type": "Image"}
     assert described["label"] == {"names": CLASSES, "_type": "ClassLabel"}
-    assert datasets.read_classes(datasets.data_file("set")) == CLASSES
+    assert sources.class_names(datasets.data_file("set")) == CLASSES
 
 
 def test_an_image_set_without_images_is_refused_and_leaves_no_file() -> None:
@@ -202,7 +202,7 @@ def test_a_flipped_bit_of_a_parquet_file_is_refused_by_name_or_changes_nothing()
 def test_a_missing_parquet_file_is_refused_by_name() -> None:
     path = Path("data/absent.parquet")
     assert refused(lambda: datasets.read(path, "L", 8), path)
-    assert refused(lambda: datasets.read_classes(path), path)
+    assert refused(lambda: sources.class_names(path), path)
 
 
 def test_more_rows_than_there_are_are_refused() -> None:
@@ -229,7 +229,7 @@ def test_a_parquet_file_of_something_else_is_refused_by_name(columns: dict[str, 
     pq.write_table(pa.table(columns), path)
     assert refused(lambda: datasets.read(path, "L", 8), path)
     assert refused(lambda: list(sources.open_ood(str(path), 8, seed=0)), path)
-    assert refused(lambda: datasets.read_classes(path), path)
+    assert refused(lambda: sources.class_names(path), path)
 
 
 def test_a_parquet_file_without_its_labels_is_refused_by_name() -> None:

@@ -10,11 +10,13 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from flows import pipeline as whole
-from flows import versions
 from opnp import artifacts, parameters, stages, tracking
+from opnp.datasets import read_manifest
+from opnp.files import digest
 from tests.conftest import run_program
 
 
@@ -94,11 +96,11 @@ def test_splits_are_disjoint(finished: Path) -> None:
 
 def test_fetch_reproduces_the_committed_hashes(finished: Path) -> None:
     """The pipeline has fetched without a complaint; this is what it compared."""
-    recorded = versions.yaml.safe_load((finished / "data.dvc").read_text())
+    recorded = yaml.safe_load((finished / "data.dvc").read_text())
     manifest = json.loads((finished / artifacts.MANIFEST).read_text())
     assert recorded["meta"]["files"] == {n: s["sha256"] for n, s in manifest["sets"].items()}
     committed = Path(__file__).parents[1] / "data.dvc"
-    assert recorded == versions.yaml.safe_load(committed.read_text())
+    assert recorded == yaml.safe_load(committed.read_text())
 
 
 def test_changed_data_are_refused_by_name(
@@ -107,9 +109,7 @@ def test_changed_data_are_refused_by_name(
     from flows.fetch import fetch
 
     text = (workspace / "data.dvc").read_text()
-    sha256 = json.loads((workspace / artifacts.MANIFEST).read_text())["sets"]["ood/letters"][
-        "sha256"
-    ]
+    sha256 = read_manifest().sets["ood/letters"].sha256
     (workspace / "data.dvc").write_text(text.replace(sha256, "0" * 64))
     message = call(fetch)
     assert "data/ood/letters.parquet" in message
@@ -212,14 +212,10 @@ def test_mlflow_holds_the_run(workspace: Path) -> None:
     assert len(run.data.tags["mlflow.source.git.commit"]) == 40
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"mask.safetensors", "index.html", "params.yaml", "trials.parquet"} <= names
+    assert run.inputs is not None
     inputs = {entry.dataset.name: entry.dataset.digest for entry in run.inputs.dataset_inputs}
-    assert inputs["train"] == stages.digest(Path("data/train.parquet"), "md5")
-    assert set(inputs) == {
-        "train",
-        "validation",
-        "test",
-        *(f"ood/{n}" for n in metrics["detectors"]["opnp"] if n != "mean"),
-    }
+    assert inputs["train"] == digest(Path("data/train.parquet"), "md5")
+    assert set(inputs) == set(read_manifest().sets)
 
 
 def test_a_tracking_server_that_is_down_loses_nothing(

@@ -1,0 +1,1 @@
+"""What is measured by hand, one module each; see README.md here for the figures."""
