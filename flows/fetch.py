@@ -7,7 +7,7 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.stage import command, task_runner, unless_bad_input
-from flows.versions import record_data
+from flows.versions import check_data, record_data
 from opnp import parameters, stages
 from opnp.datasets import ImageSet
 
@@ -42,13 +42,15 @@ def fetch(accept: bool = False) -> None:
             parameters.
     """
     chosen = parameters.load()
-    ood = {**chosen.data.near, **chosen.data.far}
-    others = [name for name, source in ood.items() if source != "held-out"]
-    futures = [fetch_id.submit(), *fetch_ood.map(others)]
-    sets: dict[str, Any] = {}
-    for future in futures:
+    stages.begin_fetch()
+    sets: dict[str, ImageSet] = {}
+    for future in [fetch_id.submit(), *fetch_ood.map(stages.ood_sources(chosen))]:
         sets |= future.result()
-    record_data(stages.write_manifest(chosen, sets), accept)
+    manifest = stages.fetched(chosen, sets)
+    if not accept:
+        check_data(manifest)
+    stages.finish_fetch(manifest)
+    record_data(manifest)
 
 
 if __name__ == "__main__":

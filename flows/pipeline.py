@@ -55,25 +55,11 @@ def pipeline() -> None:
         hide_input_errors()
         with server.running():
             seconds = Flow(run_stages, name="pipeline")(chosen)
-        tracking.stash(chosen, seconds)
+        tracking.record_run(chosen, seconds)
     else:
         print("Nothing has changed since the last run: there is nothing to do.")
-    log()
+        tracking.log_or_wait()
     summarize()
-
-
-def log() -> None:
-    """Log what waits for MLflow; if it cannot be reached, say so and go on."""
-    if not tracking.waiting():
-        return
-    try:
-        tracking.log_waiting()
-    except Exception as error:  # whatever the server, the network or its database raise
-        print(
-            f"MLflow at {tracking.tracking_uri()} could not be reached ({type(error).__name__}): "
-            f"the run waits in {tracking.UNLOGGED} and is logged with the next.",
-            file=sys.stderr,
-        )
 
 
 def summarize() -> None:

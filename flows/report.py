@@ -1,10 +1,12 @@
 """Draw the report, one self-contained page."""
 
+import os
+
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from flows.stage import command
-from opnp import parameters, stages
+from flows.stage import command, timings
+from opnp import parameters, stages, tracking
 
 __all__ = ["report"]
 
@@ -22,3 +24,6 @@ def report() -> None:
 
 if __name__ == "__main__":
     command(report)
+    # Under `dvc repro` this is the last stage, so the run is whole; `flows.pipeline` does the same.
+    if "DVC_ROOT" in os.environ:
+        tracking.record_run(parameters.load(), timings())

@@ -16,7 +16,15 @@ from opnp import parameters
 from opnp.errors import InputError
 from opnp.files import write_json
 
-__all__ = ["collect", "command", "hide_input_errors", "task_runner", "timed", "unless_bad_input"]
+__all__ = [
+    "collect",
+    "command",
+    "hide_input_errors",
+    "task_runner",
+    "timed",
+    "timings",
+    "unless_bad_input",
+]
 
 TIMINGS = Path("logs/timings.json")
 
@@ -51,12 +59,16 @@ def timed(name: str, stage: Callable[[], Any]) -> float:
     start = time.monotonic()
     stage()
     seconds = round(time.monotonic() - start, 3)
-    try:
-        before = json.loads(TIMINGS.read_text())
-    except (OSError, ValueError):
-        before = {}
-    write_json(TIMINGS, {**before, name: seconds})
+    write_json(TIMINGS, {**timings(), name: seconds})
     return seconds
+
+
+def timings() -> dict[str, float]:
+    """Wall time in seconds of each stage, when it last ran here."""
+    try:
+        return dict(json.loads(TIMINGS.read_text()))
+    except (OSError, ValueError):
+        return {}
 
 
 def command(stage: Any, **flags: str) -> None:

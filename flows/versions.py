@@ -9,10 +9,11 @@ from typing import Any
 import yaml
 
 from opnp.artifacts import DATA, MANIFEST
+from opnp.datasets import Manifest, data_file
 from opnp.errors import InputError
 from opnp.files import atomic
 
-__all__ = ["changed", "data_changed", "record", "record_data"]
+__all__ = ["changed", "check_data", "data_changed", "record", "record_data"]
 
 DATA_FILE = Path("data.dvc")
 
@@ -70,29 +71,30 @@ def data_changed(parameters: dict[str, Any]) -> bool:
         return bool(repo.status(targets=[str(DATA_FILE)]))
 
 
-def record_data(manifest: Any, accept: bool = False) -> None:
-    """Record `data/` in `data.dvc`, after comparing it with what the same parameters gave before.
-
-    Args:
-        manifest: of the data just fetched.
-        accept: record them even if they differ.
+def check_data(manifest: Manifest) -> None:
+    """Compare data just fetched with what the same parameters gave before.
 
     Raises:
         InputError: a file differs from its recorded SHA-256.
     """
     before = recorded_data()
-    files = {name: entry.sha256 for name, entry in manifest.sets.items()}
-    if before.get("parameters") == manifest.parameters and not accept:
-        for name, sha256 in files.items():
-            if (expected := before["files"].get(name)) != sha256:
-                raise InputError(
-                    f"{DATA / name}.parquet has SHA-256 {sha256[:12]}… where data.dvc records "
-                    f"{str(expected)[:12]}…: install the pinned versions (constraints.txt), or run "
-                    "`python -m flows.fetch --accept` to record what this machine made."
-                )
+    if before.get("parameters") != manifest.parameters:
+        return
+    for name, entry in manifest.sets.items():
+        if (expected := before["files"].get(name)) != entry.sha256:
+            raise InputError(
+                f"{data_file(name)} has SHA-256 {entry.sha256[:12]}… where data.dvc records "
+                f"{str(expected)[:12]}…: install the pinned versions (constraints.txt), or run "
+                "`python -m flows.fetch --accept` to record what this machine makes."
+            )
+
+
+def record_data(manifest: Manifest) -> None:
+    """Record `data/` in `data.dvc`, with the parameters and the SHA-256 of each file."""
     with repository() as repo:
         repo.add(str(DATA))
     text = yaml.safe_load(DATA_FILE.read_text())
+    files = {name: entry.sha256 for name, entry in manifest.sets.items()}
     text["meta"] = {"parameters": manifest.parameters, "files": files}
     with atomic(DATA_FILE) as temporary:
         temporary.write_text(yaml.safe_dump(text, sort_keys=False))

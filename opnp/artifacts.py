@@ -3,14 +3,15 @@
 from pathlib import Path
 
 __all__ = [
-    "BACKBONE", "DATA", "EVALUATION", "FEATURES", "HISTORY", "INTERVALS", "MANIFEST", "MASK",
-    "METRICS", "PARAMETERS", "REPORT", "ROC", "SCORES", "SEARCH", "SENSITIVITY", "TRAINING",
+    "BACKBONE", "DATA", "EVALUATION", "FEATURES", "FETCHED", "HISTORY", "INTERVALS", "MANIFEST",
+    "MASK", "METRICS", "PARAMETERS", "REPORT", "ROC", "SCORES", "SEARCH", "SENSITIVITY", "TRAINING",
     "TRIALS",
 ]  # fmt: skip
 
 PARAMETERS = Path("params.yaml")
 
 DATA = Path("data")
+FETCHED = Path("data.part")  # what is being fetched: it takes the place of DATA when it is whole
 MANIFEST = DATA / "manifest.json"
 
 BACKBONE = Path("artifacts/backbone/backbone.safetensors")

@@ -72,9 +72,9 @@ class Manifest:
         return asdict(self)
 
 
-def data_file(name: str) -> Path:
+def data_file(name: str, folder: Path = DATA) -> Path:
     """Where the set ``name`` lies."""
-    return DATA / f"{name}.parquet"
+    return folder / f"{name}.parquet"
 
 
 def read_manifest() -> Manifest:
@@ -101,7 +101,7 @@ def read_manifest() -> Manifest:
 
 
 def write(
-    name: str,
+    path: Path,
     role: str,
     source: str,
     examples: Iterable[Example],
@@ -113,7 +113,7 @@ def write(
     """Write images as PNG into a Parquet file, each of them ``size`` × ``size`` in ``mode``.
 
     Args:
-        name: of the set; decides the file.
+        path: the file.
         role: see `ImageSet`.
         source: see `ImageSet`.
         examples: images and labels, consumed one at a time.
@@ -125,7 +125,6 @@ def write(
     Raises:
         InputError: there are no images.
     """
-    path = data_file(name)
     label = (
         {"names": classes, "_type": "ClassLabel"}
         if classes
@@ -154,7 +153,7 @@ def write(
                 count += len(group)
         if count == 0:
             raise InputError(
-                f"The set {name} is empty: {source} gave no images; correct section data."
+                f"The set {path.stem} is empty: {source} gave no images; correct section data."
             )
     per_class = {classes[y]: labels[y] for y in sorted(labels)} if classes else {}
     return ImageSet(role, source, count, per_class, digest(path))

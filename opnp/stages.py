@@ -5,6 +5,7 @@ whose work is divided, the parts of it.
 """
 
 import csv
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import lru_cache
@@ -37,12 +38,25 @@ __all__ = ["evaluate", "features", "fetch", "report", "search", "sensitivity", "
 
 
 def fetch(parameters: Parameters) -> Manifest:
-    """Write every image set of the parameters to `data/`, and their manifest."""
+    """Write every image set of the parameters, and their manifest, to `data/`."""
+    begin_fetch()
     sets = fetch_id(parameters)
-    for name in (*parameters.data.near, *parameters.data.far):
-        if f"ood/{name}" not in sets:
-            sets |= fetch_ood(parameters, name)
-    return write_manifest(parameters, sets)
+    for name in ood_sources(parameters):
+        sets |= fetch_ood(parameters, name)
+    manifest = fetched(parameters, sets)
+    finish_fetch(manifest)
+    return manifest
+
+
+def begin_fetch() -> None:
+    """Make room beside `data/`, which stays as it is until everything has been fetched."""
+    shutil.rmtree(artifacts.FETCHED, ignore_errors=True)
+
+
+def ood_sources(parameters: Parameters) -> list[str]:
+    """The OOD sets with a source of their own: all but those of held-out classes."""
+    named = {**parameters.data.near, **parameters.data.far}
+    return [name for name, source in named.items() if source != "held-out"]
 
 
 def fetch_id(parameters: Parameters) -> dict[str, ImageSet]:
@@ -85,8 +99,9 @@ def fetch_id(parameters: Parameters) -> dict[str, ImageSet]:
     def write(name: str, role: str, chosen: list[sources.Example], labels: list[str]) -> ImageSet:
         shuffled = (chosen[index] for index in rng.permutation(len(chosen)))
         limit = None if labels else data.ood_count
+        path = data_file(name, artifacts.FETCHED)
         return datasets.write(
-            name, role, data.id, shuffled, data.image_size, data.mode, labels, limit
+            path, role, data.id, shuffled, data.image_size, data.mode, labels, limit
         )
 
     sets = {split: write(split, split, chosen, names) for split, chosen in divided.items()}
@@ -103,25 +118,27 @@ def fetch_ood(parameters: Parameters, name: str) -> dict[str, ImageSet]:
     role, source = ("near", data.near[name]) if name in data.near else ("far", data.far[name])
     examples = sources.open_ood(source, data.image_size, parameters.seed)
     limited = islice(examples, data.ood_count)
-    return {
-        f"ood/{name}": datasets.write(
-            f"ood/{name}", role, source, limited, data.image_size, data.mode, []
-        )
-    }
+    path = data_file(f"ood/{name}", artifacts.FETCHED)
+    entry = datasets.write(path, role, source, limited, data.image_size, data.mode, [])
+    return {f"ood/{name}": entry}
 
 
-def write_manifest(parameters: Parameters, sets: dict[str, ImageSet]) -> Manifest:
-    """Write the manifest, and remove sets from `data/` that are not in it."""
+def fetched(parameters: Parameters, sets: dict[str, ImageSet]) -> Manifest:
+    """The manifest of what has been fetched."""
     wanted = ["train", "validation", "test"]
     wanted += [f"ood/{name}" for name in (*parameters.data.near, *parameters.data.far)]
-    manifest = Manifest(
+    return Manifest(
         {"seed": parameters.seed, "data": parameters.data.model_dump()},
         list(sets["train"].classes),
         {name: sets[name] for name in wanted},
     )
-    remove_others(artifacts.DATA, "*.parquet", {data_file(name) for name in wanted})
-    write_json(artifacts.MANIFEST, manifest.as_json())
-    return manifest
+
+
+def finish_fetch(manifest: Manifest) -> None:
+    """Put what has been fetched, with its manifest, in the place of `data/`."""
+    write_json(artifacts.FETCHED / artifacts.MANIFEST.name, manifest.as_json())
+    shutil.rmtree(artifacts.DATA, ignore_errors=True)
+    artifacts.FETCHED.rename(artifacts.DATA)
 
 
 def remove_others(folder: Path, pattern: str, keep: set[Path]) -> None:

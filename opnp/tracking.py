@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from opnp.datasets import data_file, read_manifest
 from opnp.files import digest, read_json, write_json
 from opnp.parameters import Parameters
 
-__all__ = ["UNLOGGED", "log_waiting", "stash", "tracking_uri", "waiting"]
+__all__ = ["log_or_wait", "log_waiting", "record_run", "stash", "tracking_uri", "waiting"]
 
 UNLOGGED = Path("logs/unlogged")
 
@@ -45,6 +46,26 @@ def tracking_uri() -> str:
 def waiting() -> list[Path]:
     """Runs on disk that are not in MLflow yet, oldest first."""
     return sorted(path.parent for path in UNLOGGED.glob("*/run.json"))
+
+
+def record_run(parameters: Parameters, seconds: dict[str, float]) -> None:
+    """Record the run whose artifacts lie in the workspace, in MLflow or until it can be reached."""
+    stash(parameters, seconds)
+    log_or_wait()
+
+
+def log_or_wait() -> None:
+    """Log what waits for MLflow; if it cannot be reached, say so and let it wait."""
+    if not waiting():
+        return
+    try:
+        log_waiting()
+    except Exception as error:  # whatever the server, the network or its database raise
+        print(
+            f"MLflow at {tracking_uri()} could not be reached ({type(error).__name__}): "
+            f"the run waits in {UNLOGGED} and is logged with the next.",
+            file=sys.stderr,
+        )
 
 
 def stash(parameters: Parameters, seconds: dict[str, float]) -> Path:
@@ -135,7 +156,8 @@ def log_waiting() -> list[str]:
     """
     import logging
 
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # migrations are no news to the user
+    for name in ("alembic", "mlflow.store.db.utils"):  # migrations are no news to the user
+        logging.getLogger(name).setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri())

@@ -25,6 +25,10 @@ from tests.test_pipeline import contents, replace
 Call = Callable[[object], str]
 
 
+def files(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*.*")}
+
+
 def test_a_program_says_it_in_one_line_and_fails(workspace: Path) -> None:
     replace(workspace / "params.yaml", "max_accuracy_drop", "max_acuracy_drop")
     before = contents(workspace)
@@ -50,9 +54,9 @@ def test_a_program_says_it_in_one_line_and_fails(workspace: Path) -> None:
 )
 def test_parameters(workspace: Path, call: Call, old: str, new: str, named: str) -> None:
     replace(workspace / "params.yaml", old, new)
-    before = contents(workspace)
+    before = contents(workspace), files(workspace / "data")
     assert named in call(fetch)
-    assert contents(workspace) == before
+    assert (contents(workspace), files(workspace / "data")) == before
 
 
 def test_missing_data(workspace: Path, call: Call) -> None:

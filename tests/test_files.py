@@ -121,7 +121,9 @@ def drawn_images(count: int, mode: str = "L") -> list[tuple[Image.Image, int]]:
 
 
 def written(count: int = 7, mode: str = "L") -> Path:
-    datasets.write("set", "train", "drawn", drawn_images(count, mode), 8, mode, CLASSES)
+    datasets.write(
+        datasets.data_file("set"), "train", "drawn", drawn_images(count, mode), 8, mode, CLASSES
+    )
     return datasets.data_file("set")
 
 
@@ -146,7 +148,9 @@ def test_any_rows_of_an_image_set_are_read_as_they_were_written(mode: str) -> No
 
 
 def test_an_image_set_is_described_as_it_is() -> None:
-    entry = datasets.write("ood/a", "near", "s", iter(drawn_images(9)), 8, "L", CLASSES, limit=4)
+    entry = datasets.write(
+        datasets.data_file("ood/a"), "near", "s", iter(drawn_images(9)), 8, "L", CLASSES, limit=4
+    )
     assert (entry.role, entry.source, entry.count) == ("near", "s", 4)
     assert entry.classes == {"zero": 2, "one": 1, "two": 1}
     assert entry.sha256 == digest(Path("data/ood/a.parquet"))
@@ -154,7 +158,7 @@ def test_an_image_set_is_described_as_it_is() -> None:
 
 def test_images_of_another_size_and_mode_are_fitted_when_written() -> None:
     wide = Image.new("RGB", (40, 20), (255, 0, 0))
-    datasets.write("set", "far", "s", [(wide, -1)], 8, "L", [])
+    datasets.write(datasets.data_file("set"), "far", "s", [(wide, -1)], 8, "L", [])
     found, labels = datasets.read(datasets.data_file("set"), "L", 8)
     assert found.shape == (1, 8, 8, 1)
     assert np.unique(found).tolist() == [76]  # ITU-R 601 luma of pure red
@@ -171,7 +175,7 @@ def test_the_schema_says_image_and_class_label_to_hugging_face() -> None:
 
 def test_an_image_set_without_images_is_refused_and_leaves_no_file() -> None:
     with pytest.raises(InputError, match="set is empty"):
-        datasets.write("set", "far", "s", [], 8, "L", [])
+        datasets.write(datasets.data_file("set"), "far", "s", [], 8, "L", [])
     assert names(Path("data")) == []
 
 

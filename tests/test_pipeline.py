@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pyarrow.parquet as pq
@@ -32,6 +33,15 @@ def replace(path: Path, old: str, new: str) -> None:
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new))
+
+
+def mlflow_runs() -> list[Any]:
+    from mlflow import MlflowClient
+
+    client = MlflowClient("sqlite:///mlflow.db")
+    experiment = client.get_experiment_by_name("opnp")
+    assert experiment
+    return list(client.search_runs([experiment.experiment_id]))
 
 
 def test_run_ends_with_the_comparison_and_where_to_look(finished: Path) -> None:
@@ -181,6 +191,7 @@ def test_an_experiment_runs_only_its_stages_against_one_server(workspace: Path) 
     psutil.wait_procs(servers, timeout=60)  # it notices within seconds that DVC has ended
     assert not list((workspace / "logs").glob("*.address"))
     after = contents(workspace)
+    assert len(mlflow_runs()) == 2
     kept = "artifacts/sensitivity/sensitivity.safetensors"
     assert before[kept] == after[kept]
     assert (
@@ -197,10 +208,7 @@ def test_an_experiment_runs_only_its_stages_against_one_server(workspace: Path) 
 
 
 def test_mlflow_holds_the_run(workspace: Path) -> None:
-    from mlflow import MlflowClient
-
-    client = MlflowClient("sqlite:///mlflow.db")
-    (run,) = client.search_runs([client.get_experiment_by_name("opnp").experiment_id])  # type: ignore[union-attr]
+    (run,) = mlflow_runs()
     assert run.info.status == "FINISHED"
     metrics = json.loads((workspace / artifacts.METRICS).read_text())
     logged = run.data.metrics
@@ -210,6 +218,9 @@ def test_mlflow_holds_the_run(workspace: Path) -> None:
     assert run.data.params["search/max_accuracy_drop"] == "1.0"
     assert run.data.tags["backbone"] == "resnet"
     assert len(run.data.tags["mlflow.source.git.commit"]) == 40
+    from mlflow import MlflowClient
+
+    client = MlflowClient("sqlite:///mlflow.db")
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"mask.safetensors", "index.html", "params.yaml", "trials.parquet"} <= names
     assert run.inputs is not None
@@ -224,7 +235,7 @@ def test_a_tracking_server_that_is_down_loses_nothing(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     tracking.stash(parameters.load(), {"train": 1.5})
-    whole.log()
+    tracking.log_or_wait()
     assert "could not be reached" in capsys.readouterr().err
     assert len(tracking.waiting()) == 1
 
