@@ -1,0 +1,53 @@
+"""The README keeps its word: its Python runs as it stands, and what it names exists."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    encoder, head = nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.ReLU()), nn.Linear(16, 3)
+    images, labels = torch.rand(40, 3, 2, 2), torch.arange(40) % 3
+    features = encoder(images).detach()
+    names: dict[str, Any] = {
+        "encoder": encoder,
+        "head": head,
+        "images": images,
+        "train_loader": DataLoader(TensorDataset(images, labels), batch_size=8),
+        "train_features": features,
+        "id_features": features,
+        "id_labels": labels,
+        "blob_features": features.flip(1),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(block, names)
+    assert names["scores"].shape == (40,)
+    assert names["detector"].predict(images).shape == (40,)
+    assert (tmp_path / "mask.safetensors").is_file()
+
+
+def test_the_files_it_names_exist() -> None:
+    links = re.findall(r"\]\((?!http)([^)]+)\)", README)
+    assert links
+    for link in [*links, *re.findall(r"presets/[\w-]+\.yaml", README)]:
+        assert (ROOT / link).is_file(), link
+
+
+def test_the_modules_and_parameters_it_names_exist() -> None:
+    parameters = (ROOT / "params.yaml").read_text()
+    for module in re.findall(r"python -m (flows\.\w+)", README):
+        assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
+    for section, key in re.findall(r"`(data|train|search)\.(?!dvc|parquet)(\w+)`", README):
+        assert re.search(rf"^{section}:.*?^  {key}:", parameters, re.S | re.M), (section, key)
