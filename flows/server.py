@@ -53,7 +53,7 @@ def start() -> None:
         return
     file.unlink(missing_ok=True)  # of a server that was killed, and a process number used again
     LOGS.mkdir(exist_ok=True)
-    with open(LOGS / "prefect-server.log", "w") as log:
+    with open(LOGS / "prefect-server.log", "a") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.server", str(owner()), str(file)],
             stdin=subprocess.DEVNULL,
@@ -128,6 +128,7 @@ def serve(pid: int, file: Path) -> None:
     def watch() -> None:
         while not server.started and psutil.pid_exists(pid):
             time.sleep(0.05)
+        print(f"serving {url} until process {pid} ends", flush=True)
         with atomic(file) as temporary:
             temporary.write_text(url)
         with suppress(psutil.NoSuchProcess):

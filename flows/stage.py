@@ -13,7 +13,7 @@ from typing import Any
 
 from flows import server
 from opnp import parameters
-from opnp.errors import InputError
+from opnp.errors import InputError, UnavailableError
 from opnp.files import write_json
 
 __all__ = [
@@ -43,7 +43,8 @@ def task_runner() -> Any:
 
 def unless_bad_input(task: Any, run: Any, state: Any) -> bool:
     """Retry a task, except where the input is at fault: it would fail again."""
-    return not isinstance(state.data, InputError) and "InputError" not in (state.message or "")
+    error = state.result(raise_on_failure=False)
+    return isinstance(error, UnavailableError) or not isinstance(error, InputError)
 
 
 def collect(futures: Iterable[Any], description: str, total: int) -> Iterator[Any]:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from opnp.errors import InputError
+from opnp.errors import InputError, UnavailableError
 
 __all__ = ["Example", "class_names", "decode", "fit", "generator", "open_id", "open_ood"]
 
@@ -216,15 +216,15 @@ def torchvision_set(spec: str, train: bool):  # type: ignore[no-untyped-def]
     from torchvision import datasets
 
     name = spec.removeprefix("torchvision:")
-    factory = getattr(datasets, name, None)
-    if factory is None:
+    if name not in datasets.__all__:
         raise InputError(f"torchvision has no data set {name!r}: correct {spec!r} in params.yaml.")
+    factory = getattr(datasets, name)
     accepted = inspect.signature(factory).parameters
     split = {"train": train} if "train" in accepted else {"split": "train" if train else "test"}
     try:
         return factory("downloads", download=True, **split)
     except (OSError, RuntimeError) as error:
-        raise InputError(
+        raise UnavailableError(
             f"{spec} could not be had ({error}): put its files under downloads/{name}, or name a "
             "local folder instead."
         ) from error
