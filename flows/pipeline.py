@@ -72,7 +72,8 @@ def summarize() -> None:
     columns = list(next(iter(rows.values())))
     table = Table(title="FPR95 in %, lower is better (mean AUROC beside it)")
     for column in ("detector", *columns, "AUROC"):
-        table.add_column(column, justify="left" if column == "detector" else "right")
+        left = column == "detector"
+        table.add_column(column, justify="left" if left else "right", no_wrap=left, overflow="fold")
     for name, by_set in rows.items():
         cells = []
         for column in columns:

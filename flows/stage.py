@@ -37,7 +37,7 @@ def task_runner() -> Any:
     stated = os.environ.get("OPNP_WORKERS", "")
     if stated and not (stated.isdigit() and int(stated)):
         sys.exit(f"error: OPNP_WORKERS must be a number of workers, not {stated!r}.")
-    workers = int(stated or 0) or torch.cuda.device_count() or len(os.sched_getaffinity(0))
+    workers = int(stated or 0) or torch.cuda.device_count() or os.cpu_count() or 1
     return ThreadPoolTaskRunner(max_workers=workers)
 
 

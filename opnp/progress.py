@@ -27,7 +27,7 @@ class Rate(ProgressColumn):
     """Items per second."""
 
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed or 0:,.1f}/s")
+        return Text(f"{task.speed or 0:.3g}/s")
 
 
 def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
@@ -51,5 +51,5 @@ def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
         if now - last >= LINE_EVERY or (done == total and now - start >= 1):
             rate = done / (now - start)
             left = (total - done) / rate
-            console.print(f"{description}: {done}/{total}, {rate:,.1f}/s, {left:.0f} s left")
+            console.print(f"{description}: {done}/{total}, {rate:.3g}/s, {left:.0f} s left")
             last = now

@@ -19,16 +19,16 @@ def deterministic(threads: int) -> Iterator[None]:
     """Run with deterministic algorithms and a fixed number of threads of this thread's kernels.
 
     The order in which a kernel sums depends on how many threads share it, so bits that should not
-    depend on the machine's load or size need a fixed number.
+    depend on the machine's load or size need a fixed number. That number is each Python thread's
+    own; the choice of algorithms is the process's, and stays, since tasks overlap in time.
     """
-    before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
     try:
         yield
     finally:
-        torch.set_num_threads(before[0])
-        torch.use_deterministic_algorithms(before[1])
+        torch.set_num_threads(before)
 
 
 def shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
