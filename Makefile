@@ -15,6 +15,7 @@ test: setup
 	$(BIN)/python -m pytest
 
 repro: setup
+	@test -d data || $(BIN)/python -m flows.fetch
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
 
 lint: setup

@@ -36,6 +36,12 @@ def measure(chosen: Parameters) -> dict[str, Any]:
             os.chdir(before)
 
 
+def seeded(chosen: Parameters, seed: int) -> Parameters:
+    """The parameters with another seed, of the data as well."""
+    data = chosen.data.model_copy(update={"seed": seed})
+    return chosen.model_copy(update={"seed": seed, "data": data})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser("python -m benchmarks.seeds", description=__doc__)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
@@ -44,7 +50,7 @@ def main() -> None:
     arguments = parser.parse_args()
     chosen = parameters.load(arguments.params)
     start = time.monotonic()
-    found = [measure(chosen.model_copy(update={"seed": seed})) for seed in range(arguments.seeds)]
+    found = [measure(seeded(chosen, seed)) for seed in range(arguments.seeds)]
     fpr95 = {
         name: [run["detectors"][name]["mean"]["fpr95"] for run in found]
         for name in chosen.evaluate.detectors

@@ -16,7 +16,5 @@ for name, value in {
     # A tracking server that is down is noticed in seconds, not in minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    # cuBLAS is deterministic only with a workspace of fixed size.
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
 }.items():
     os.environ.setdefault(name, value)

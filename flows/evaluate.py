@@ -7,20 +7,21 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.stage import command
-from opnp import parameters, stages
+from opnp import stages
+from opnp.parameters import Parameters
 
 __all__ = ["evaluate"]
 
 
 @task(cache_policy=NO_CACHE)
-def evaluate_task() -> None:
-    stages.evaluate(parameters.load())
+def evaluate_task(parameters: Parameters) -> None:
+    stages.evaluate(parameters)
 
 
 @flow
-def evaluate() -> None:
+def evaluate(parameters: Parameters) -> None:
     """Compare the detectors on the untouched test sets."""
-    evaluate_task()
+    evaluate_task(parameters)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,26 @@
 """Compute penultimate features, one task for each shard, on GPUs in turn or on the CPU."""
 
-from prefect import flow, task
+from prefect import flow, task, unmapped
 from prefect.cache_policies import NO_CACHE
 
 from flows.stage import collect, command, task_runner, unless_bad_input
-from opnp import parameters, stages
+from opnp import stages
 from opnp.features import Shard
+from opnp.parameters import Parameters
 
 __all__ = ["features"]
 
 
 @task(retries=2, retry_condition_fn=unless_bad_input, cache_policy=NO_CACHE)
-def feature_shard(shard: Shard, index: int) -> bool:
-    return stages.feature_shard(parameters.load(), shard, index)
+def feature_shard(parameters: Parameters, shard: Shard, index: int) -> bool:
+    return stages.feature_shard(parameters, shard, index)
 
 
 @flow(task_runner=task_runner())
-def features() -> None:
+def features(parameters: Parameters) -> None:
     """Compute the features of every split and proxy family; shards that are whole stay."""
-    plan = stages.feature_shards(parameters.load())
-    futures = feature_shard.map(plan, range(len(plan)))
+    plan = stages.feature_shards(parameters)
+    futures = feature_shard.map(unmapped(parameters), plan, range(len(plan)))
     computed = sum(collect(futures, "features (shards)", len(plan)))
     stages.finish_features(plan)
     if computed < len(plan):

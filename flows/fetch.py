@@ -3,13 +3,14 @@
 from functools import partial
 from typing import Any
 
-from prefect import flow, task
+from prefect import flow, task, unmapped
 from prefect.cache_policies import NO_CACHE
 
 from flows.stage import command, task_runner, unless_bad_input
 from flows.versions import check_data, record_data
-from opnp import parameters, stages
+from opnp import stages
 from opnp.datasets import ImageSet
+from opnp.parameters import Parameters
 
 __all__ = ["fetch"]
 
@@ -24,29 +25,30 @@ retried: Any = partial(
 
 
 @retried()  # type: ignore[untyped-decorator]
-def fetch_id() -> dict[str, ImageSet]:
-    return stages.fetch_id(parameters.load())
+def fetch_id(parameters: Parameters) -> dict[str, ImageSet]:
+    return stages.fetch_id(parameters)
 
 
 @retried()  # type: ignore[untyped-decorator]
-def fetch_ood(name: str) -> dict[str, ImageSet]:
-    return stages.fetch_ood(parameters.load(), name)
+def fetch_ood(parameters: Parameters, name: str) -> dict[str, ImageSet]:
+    return stages.fetch_ood(parameters, name)
 
 
 @flow(task_runner=task_runner())
-def fetch(accept: bool = False) -> None:
+def fetch(parameters: Parameters, accept: bool = False) -> None:
     """Fetch every source and record the data with DVC.
 
     Args:
+        parameters: of the run.
         accept: record the data even if they differ from what `data.dvc` has recorded for the same
             parameters.
     """
-    chosen = parameters.load()
-    stages.begin_fetch()
+    stages.begin_fetch(parameters)
+    others = fetch_ood.map(unmapped(parameters), stages.ood_sources(parameters))
     sets: dict[str, ImageSet] = {}
-    for future in [fetch_id.submit(), *fetch_ood.map(stages.ood_sources(chosen))]:
+    for future in [fetch_id.submit(parameters), *others]:
         sets |= future.result()
-    manifest = stages.fetched(chosen, sets)
+    manifest = stages.fetched(parameters, sets)
     if not accept:
         check_data(manifest)
     stages.finish_fetch(manifest)

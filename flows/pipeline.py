@@ -3,14 +3,15 @@ the results with DVC and MLflow."""
 
 import argparse
 import sys
-from collections.abc import Callable
+from functools import partial
 from importlib import import_module
+from pathlib import Path
 
 from flows import server, versions
 from flows.stage import hide_input_errors, timed
 from opnp import artifacts, parameters, tracking
 from opnp.errors import InputError
-from opnp.files import read_json
+from opnp.files import digest, read_json
 from opnp.parameters import Parameters
 
 __all__ = ["STAGES", "pipeline"]
@@ -21,9 +22,15 @@ STAGES = ("fetch", "train", "features", "sensitivity", "search", "evaluate", "re
 def outdated(stage: str, chosen: Parameters) -> bool:
     """Whether a stage has to run, as DVC sees it."""
     if stage == "fetch":
-        recorded = {"seed": chosen.seed, "data": chosen.data.model_dump()}
-        return versions.data_changed(recorded)
-    return versions.changed(stage)
+        return versions.data_changed(chosen.data.model_dump())
+    return versions.changed(stage) or (stage == "train" and checkpoint_changed(chosen))
+
+
+def checkpoint_changed(chosen: Parameters) -> bool:
+    """Whether another file lies where the checkpoint was; DVC does not know of that file."""
+    path = Path(chosen.train.checkpoint) if chosen.train.checkpoint else None
+    recorded = read_json(artifacts.TRAINING, "python -m flows.train")["checkpoint"]
+    return path is not None and path.is_file() and digest(path) != recorded
 
 
 def run_stages(chosen: Parameters) -> dict[str, float]:
@@ -37,8 +44,13 @@ def run_stages(chosen: Parameters) -> dict[str, float]:
         if not outdated(stage, chosen):
             print(f"{stage}: up to date")
             continue
-        flow: Callable[[], None] = getattr(import_module(f"flows.{stage}"), stage)
-        seconds[stage] = timed(stage, flow)
+        flow = getattr(import_module(f"flows.{stage}"), stage)
+        seconds[stage] = timed(stage, partial(flow, chosen))
+        if parameters.load() != chosen:
+            raise InputError(
+                f"{artifacts.PARAMETERS} was changed during the run, and {stage} is not recorded: "
+                "run again with the new parameters."
+            )
         if stage != "fetch":  # which records its data itself
             versions.record(stage)
         print(f"{stage}: done in {seconds[stage]:.1f} s", flush=True)
@@ -82,14 +94,12 @@ def summarize() -> None:
             cells.append(f"[bold]{value:.1f}[/bold]" if best else f"{value:.1f}")
         table.add_row(name, *cells, f"{by_set['mean']['auroc']:.1f}")
     console, uri = Console(), tracking.tracking_uri()
+    look = f"mlflow ui --backend-store-uri {uri}"
     console.print(table)
     for what, where in (
         ("report", artifacts.REPORT),
         ("mask", artifacts.MASK),
-        (
-            "MLflow",
-            f"{uri}  (to look: mlflow ui --backend-store-uri {uri})",
-        ),
+        ("MLflow", uri if uri.startswith("http") else f"{uri}  (to look: {look})"),
     ):
         console.print(f"{what:7} {where}", soft_wrap=True, highlight=False)
 

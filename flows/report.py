@@ -6,24 +6,25 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.stage import command, timings
-from opnp import parameters, stages, tracking
+from opnp import stages, tracking
+from opnp.parameters import Parameters, load
 
 __all__ = ["report"]
 
 
 @task(cache_policy=NO_CACHE)
-def report_task() -> None:
-    stages.report(parameters.load())
+def report_task(parameters: Parameters) -> None:
+    stages.report(parameters)
 
 
 @flow
-def report() -> None:
+def report(parameters: Parameters) -> None:
     """Draw the report, one self-contained page."""
-    report_task()
+    report_task(parameters)
 
 
 if __name__ == "__main__":
     command(report)
     # Under `dvc repro` this is the last stage, so the run is whole; `flows.pipeline` does the same.
     if "DVC_ROOT" in os.environ:
-        tracking.record_run(parameters.load(), timings())
+        tracking.record_run(load(), timings())

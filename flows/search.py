@@ -7,20 +7,21 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.stage import command
-from opnp import parameters, stages
+from opnp import stages
+from opnp.parameters import Parameters
 
 __all__ = ["search"]
 
 
 @task(cache_policy=NO_CACHE)
-def search_task() -> None:
-    stages.search(parameters.load())
+def search_task(parameters: Parameters) -> None:
+    stages.search(parameters)
 
 
 @flow
-def search() -> None:
+def search(parameters: Parameters) -> None:
     """Search the best mask on validation features and proxy outliers."""
-    search_task()
+    search_task(parameters)
 
 
 if __name__ == "__main__":

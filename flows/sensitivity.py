@@ -2,18 +2,19 @@
 
 from pathlib import Path
 
-from prefect import flow, task
+from prefect import flow, task, unmapped
 from prefect.cache_policies import NO_CACHE
 
 from flows.stage import collect, command, task_runner, unless_bad_input
-from opnp import parameters, stages
+from opnp import stages
+from opnp.parameters import Parameters
 
 __all__ = ["sensitivity"]
 
 
 @task(retries=2, retry_condition_fn=unless_bad_input, cache_policy=NO_CACHE)
-def sensitivity_shard(path: Path) -> bool:
-    return stages.sensitivity_shard(parameters.load(), path)
+def sensitivity_shard(parameters: Parameters, path: Path) -> bool:
+    return stages.sensitivity_shard(parameters, path)
 
 
 @task(cache_policy=NO_CACHE)
@@ -22,10 +23,12 @@ def merge(plan: list[Path]) -> None:
 
 
 @flow(task_runner=task_runner())
-def sensitivity() -> None:
+def sensitivity(parameters: Parameters) -> None:
     """Sum over every training shard, and merge; sums that are whole stay."""
-    plan = stages.sensitivity_shards()
-    for _ in collect(sensitivity_shard.map(plan), "sensitivity (shards)", len(plan)):
+    plan = stages.sensitivity_shards(parameters)
+    for _ in collect(
+        sensitivity_shard.map(unmapped(parameters), plan), "sensitivity (shards)", len(plan)
+    ):
         pass
     merge(plan)
 

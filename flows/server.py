@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -49,7 +50,7 @@ def address_file(pid: int) -> Path:
 def start() -> None:
     """Start the run's server if it needs one and has none; do not wait for it."""
     file = address_file(owner())
-    if os.environ.get("PREFECT_API_URL") or owner() in started or answers(file):
+    if named() or owner() in started or (file.exists() and answers(file.read_text())):
         return
     file.unlink(missing_ok=True)  # of a server that was killed, and a process number used again
     LOGS.mkdir(exist_ok=True)
@@ -67,13 +68,22 @@ def start() -> None:
 started: dict[int, "subprocess.Popen[bytes]"] = {}
 
 
-def answers(file: Path) -> bool:
-    """Whether the server whose address is in ``file`` is there."""
+def named() -> str | None:
+    """The URL of the server that the environment or the Prefect profile names."""
+    from prefect.settings import PREFECT_API_URL
+
+    return PREFECT_API_URL.value()
+
+
+def answers(url: str) -> bool:
+    """Whether there is a server at ``url``, whatever it answers."""
     try:
-        with urllib.request.urlopen(f"{file.read_text()}/health", timeout=10) as response:
-            return bool(response.status == 200)
+        urllib.request.urlopen(f"{url}/health", timeout=10).close()
+    except urllib.error.HTTPError:
+        return True
     except (OSError, ValueError):
         return False
+    return True
 
 
 @contextmanager
@@ -81,11 +91,16 @@ def running() -> Iterator[None]:
     """Run the block against the run's Prefect server.
 
     Raises:
-        InputError: the server did not start.
+        InputError: the server did not start, or the one that is named is not there.
     """
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    if PREFECT_API_URL.value():
+    if url := named():
+        if not answers(url):
+            raise InputError(
+                f"No Prefect server answers at {url}: start it, or unset PREFECT_API_URL (or the "
+                "profile's) for a temporary one."
+            )
         yield
         return
     start()

@@ -86,9 +86,9 @@ def command(stage: Any, **flags: str) -> None:
     chosen = vars(parser.parse_args())
     hide_input_errors()
     try:
-        parameters.load()
+        loaded = parameters.load()
         with server.running():
-            timed(stage.__name__, partial(stage, **chosen))
+            timed(stage.__name__, partial(stage, loaded, **chosen))
     except InputError as error:
         sys.exit(f"error: {error}")
 

@@ -7,20 +7,21 @@ from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.stage import command
-from opnp import parameters, stages
+from opnp import stages
+from opnp.parameters import Parameters
 
 __all__ = ["train"]
 
 
 @task(cache_policy=NO_CACHE)
-def train_task() -> None:
-    stages.train(parameters.load())
+def train_task(parameters: Parameters) -> None:
+    stages.train(parameters)
 
 
 @flow
-def train() -> None:
+def train(parameters: Parameters) -> None:
     """Train the backbone, or load its checkpoint."""
-    train_task()
+    train_task(parameters)
 
 
 if __name__ == "__main__":

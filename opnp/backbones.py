@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -42,6 +42,11 @@ class Preprocessing:
             mean=tuple(round(float(value), 6) for value in scaled.mean(axis=0)),
             std=tuple(round(float(value), 6) for value in scaled.std(axis=0)),
         )
+
+    @classmethod
+    def stated(cls, values: dict[str, Any]) -> Self:
+        """As `save` has written it."""
+        return cls(values["size"], values["mode"], tuple(values["mean"]), tuple(values["std"]))
 
     @property
     def channels(self) -> int:
@@ -137,8 +142,12 @@ def build(name: str, channels: int, classes: int, width: int, depth: int) -> Cla
     return Classifier(ResNet(channels, width, depth), nn.Linear(4 * width, classes))
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def load_weights(model: nn.Module, path: Path) -> dict[str, Any]:
     """Load a checkpoint (.safetensors; .pt or .pth, never unpickling code) into ``model``.
+
+    Returns:
+        What `save` stated beside the weights: ``preprocessing``, ``classes`` and ``spec``; nothing
+        for a file of another origin.
 
     Raises:
         InputError: the file is missing, damaged, of another format or for another model.
@@ -146,8 +155,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"Checkpoint {path} is missing: correct train.checkpoint.")
+    metadata: dict[str, Any] = {}
     if path.suffix == ".safetensors":
-        state, _ = tensors.load(path, "replace the checkpoint")
+        state, metadata = tensors.load(path, "replace the checkpoint")
     elif path.suffix in (".pt", ".pth"):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -160,6 +170,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
         raise InputError(f"Checkpoint {path} is neither .safetensors, .pt nor .pth: convert it.")
     check_state(model, state, path)
     model.load_state_dict(state)
+    return metadata
 
 
 def check_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
@@ -198,10 +209,7 @@ def load(path: Path) -> tuple[Classifier, Preprocessing, list[str]]:
     state, metadata = tensors.load(path, again)
     if set(metadata) != {"preprocessing", "classes", "spec"}:
         raise InputError(f"{path} holds weights, but not what they are of: {again}.")
-    stated = metadata["preprocessing"]
-    preprocessing = Preprocessing(
-        stated["size"], stated["mode"], tuple(stated["mean"]), tuple(stated["std"])
-    )
+    preprocessing = Preprocessing.stated(metadata["preprocessing"])
     classes: list[str] = metadata["classes"]
     model = build(channels=preprocessing.channels, classes=len(classes), **metadata["spec"])
     check_state(model, state, path)

@@ -50,7 +50,7 @@ class Manifest:
     """What is in `data/`.
 
     Attributes:
-        parameters: the seed and the section ``data`` that the sets were made with.
+        parameters: the section ``data`` that the sets were made with.
         classes: names of the K known classes, in the order of their labels.
         sets: by name; an OOD set's name starts with ``ood/``.
     """
@@ -161,7 +161,8 @@ def write(
 
 def png(image: Any, size: int, mode: str) -> bytes:
     buffer = BytesIO()
-    fit(image, size, mode).save(buffer, "PNG")
+    # Stored, not deflated: the bytes of a deflated image depend on the zlib that is installed.
+    fit(image, size, mode).save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()
 
 

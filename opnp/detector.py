@@ -104,6 +104,7 @@ class OPNP(FeaturesDetector):
         """
         detector = cls(encoder, head, temperature=temperature)
         detector._prune(mask)
+        detector.requires_fit = False
         return detector
 
     def _prune(self, mask: PruningMask) -> None:

@@ -6,7 +6,6 @@ or a foreign shard is told from a whole one without trusting its name.
 """
 
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,6 @@ __all__ = [
     "encode",
     "is_whole",
     "load",
-    "origin",
     "read_shard",
     "shard_paths",
     "write_shard",
@@ -119,9 +117,16 @@ def write_shard(
     column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
     table = pa.table(
         {"features": column, "label": pa.array(labels), "index": pa.array(rows)}
-    ).replace_schema_metadata({**origin, "checksum": checksum(values, labels, rows)})
+    ).replace_schema_metadata(
+        {**described(shard, origin), "checksum": checksum(values, labels, rows)}
+    )
     with atomic(shard.path) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
         writer.write_table(table)
+
+
+def described(shard: Shard, origin: dict[str, str]) -> dict[str, str]:
+    """What a shard says of itself: what it is made from, and which rows it holds of how many."""
+    return {**origin, "rows": f"{shard.start}-{shard.stop}", "count": str(shard.count)}
 
 
 def read_shard(path: Path) -> tuple[Tensor, NDArray[np.int64], dict[str, str]]:
@@ -157,18 +162,22 @@ def read_shard(path: Path) -> tuple[Tensor, NDArray[np.int64], dict[str, str]]:
 def is_whole(shard: Shard, origin: dict[str, str]) -> bool:
     """Whether the shard is there, undamaged and made from exactly ``origin``."""
     try:
-        return read_shard(shard.path)[2] == origin
+        return read_shard(shard.path)[2] == described(shard, origin)
     except InputError:
         return False
 
 
-def shard_paths(split: str, backbone: str) -> list[Path]:
+def shard_paths(split: str, expected: dict[str, str]) -> list[Path]:
     """The shards of a split in order, after a look at what they say they are.
 
     Only the metadata are read here: a shard's contents are verified when `read_shard` reads them.
 
+    Args:
+        split: see `Shard`.
+        expected: metadata each shard must have, such as ``backbone``.
+
     Raises:
-        InputError: there are none, one is damaged or of another backbone, or some are missing.
+        InputError: there are none, one is damaged or made from something else, or some are missing.
     """
     again = "run `python -m flows.features`"
     paths = sorted((FEATURES / split).glob("*.arrow"))
@@ -178,14 +187,16 @@ def shard_paths(split: str, backbone: str) -> list[Path]:
     for path in paths:
         try:
             with pa.memory_map(str(path)) as source:
-                found = pa.ipc.open_file(source).schema.metadata
-            start, end = map(int, found[b"rows"].split(b"-"))
-            count = int(found[b"count"])
-        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+                metadata = pa.ipc.open_file(source).schema.metadata
+            found = {key.decode(): value.decode() for key, value in metadata.items()}
+            start, end = map(int, found["rows"].split("-"))
+            count = int(found["count"])
+        except (OSError, pa.ArrowException, KeyError, AttributeError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"Shard {path} is damaged ({reason}): {again}.") from None
-        if found.get(b"backbone") != backbone.encode():
-            raise InputError(f"Shard {path} was made with another backbone: {again}.")
+        for key, value in expected.items():
+            if found.get(key) != value:
+                raise InputError(f"Shard {path} was made with another {key}: {again}.")
         if start != stop:
             raise InputError(f"Before shard {path} rows {stop} to {start} are missing: {again}.")
         stop = end
@@ -194,43 +205,22 @@ def shard_paths(split: str, backbone: str) -> list[Path]:
     return paths
 
 
-def load(split: str, backbone: str) -> tuple[Tensor, Tensor]:
+def load(split: str, expected: dict[str, str]) -> tuple[Tensor, Tensor]:
     """All features of a split.
 
     Args:
         split: see `Shard`.
-        backbone: SHA-256 of the backbone file the features must come from.
+        expected: metadata each shard must have, such as ``backbone``.
 
     Returns:
         Features, float32 (N, L), and labels, int64 (N,).
 
     Raises:
-        InputError: shards are missing, damaged, of another backbone, or do not make up the split.
+        InputError: shards are missing, damaged, made from something else, or not the whole split.
     """
     parts, labels = [], []
-    for path in shard_paths(split, backbone):
+    for path in shard_paths(split, expected):
         features, label, _ = read_shard(path)
         parts.append(features.float())
         labels.append(torch.from_numpy(label.copy()))
     return torch.cat(parts), torch.cat(labels)
-
-
-def origin(
-    backbone: str,
-    preprocessing: dict[str, Any],
-    images: str,
-    shard: Shard,
-    dtype: str,
-    seed: int | None,
-) -> dict[str, str]:
-    """What a shard is made from, as its metadata record it."""
-    return {
-        "backbone": backbone,
-        "preprocessing": json.dumps(preprocessing),
-        "images": images,
-        "split": shard.split,
-        "rows": f"{shard.start}-{shard.stop}",
-        "count": str(shard.count),
-        "dtype": dtype,
-        **({} if seed is None else {"seed": str(seed)}),
-    }

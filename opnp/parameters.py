@@ -5,8 +5,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from opnp.errors import InputError
 
@@ -15,17 +16,19 @@ __all__ = ["Parameters", "load"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 Percentage = Annotated[float, Field(ge=0, lt=100)]
 Positive = Annotated[int, Field(gt=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Section(BaseModel):
     """Part of the parameters: unknown keys are refused, types not coerced, values frozen."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class Data(Section):
     """Where images come from; see `opnp.sources` for what a source may be."""
 
+    seed: Seed = 0
     id: str
     image_size: Positive
     mode: Literal["L", "RGB"] = "L"
@@ -54,7 +57,7 @@ class Data(Section):
 class Train(Section):
     """The backbone: trained here, or loaded from ``checkpoint``."""
 
-    backbone: str = "resnet"
+    backbone: Literal["resnet"] = "resnet"
     width: Positive = 32
     depth: Positive = 1
     checkpoint: str | None = None
@@ -125,13 +128,24 @@ class Evaluate(Section):
 class Parameters(Section):
     """All parameters of a run; one section for each stage that has any."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     data: Data
     train: Train
     features: Features
     energy: Energy
     search: Search
     evaluate: Evaluate
+
+    @model_validator(mode="after")
+    def consistent(self) -> Self:
+        for family in self.search.proxies:
+            grid = int(family.removeprefix("jigsaw-")) if family.startswith("jigsaw-") else 1
+            if grid > self.data.image_size:
+                raise ValueError(
+                    f"search.proxies: {family} needs images of at least {grid} pixels, "
+                    f"data.image_size is {self.data.image_size}"
+                )
+        return self
 
 
 def load(path: Path = Path("params.yaml")) -> Parameters:
@@ -142,12 +156,12 @@ def load(path: Path = Path("params.yaml")) -> Parameters:
             the sentence names the key and, for an unknown one, the nearest that exists.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = YAML(typ="safe", pure=True).load(Path(path).read_text())  # as DVC reads it
     except FileNotFoundError:
         raise InputError(
             f"{path} is missing: run in the project's folder, or copy one there."
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (YAMLError, UnicodeDecodeError, OSError) as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(values, Mapping):
         raise InputError(f"{path} holds no parameters: restore it.")
@@ -169,4 +183,5 @@ def describe(error: Any) -> str:
         return f"there is no parameter `{key}`; did you mean `{'.'.join([*location[:-1], near])}`?"
     message = error["msg"].removeprefix("Value error, ")
     got = "" if error["type"] in ("missing", "value_error") else f" (it is {error['input']!r})"
-    return f"`{key}`: {message[0].lower()}{message[1:]}{got}."
+    where = f"`{key}`: " if key else ""
+    return f"{where}{message[0].lower()}{message[1:]}{got}."

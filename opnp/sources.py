@@ -9,6 +9,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from difflib import get_close_matches
 from pathlib import Path
 from typing import cast
 
@@ -80,6 +81,8 @@ def open_id(spec: str) -> tuple[list[str], dict[str, Iterator[Example]]]:
         return [str(digit) for digit in range(10)], {"all": scanned_digits()}
     if spec.startswith("torchvision:"):
         learnt, held = (torchvision_set(spec, train) for train in (True, False))
+        if not hasattr(learnt, "classes"):
+            raise InputError(f"{spec} does not name its classes: take a folder of Parquet files.")
         return list(learnt.classes), {"train": iter(learnt), "test": iter(held)}
     folder = Path(spec)
     train, test = folder / "train.parquet", folder / "test.parquet"
@@ -201,12 +204,16 @@ def photo_patches(rng: np.random.Generator) -> Iterator[Example]:
 
 
 def noise(size: int, rng: np.random.Generator) -> Iterator[Example]:
-    """Colour images of independent pixels, uniform and Gaussian (σ = 1/4) in turn."""
-    shape = (size, size, 3)
+    """Impulse noise, stripes and exponential noise in turn, which no proxy outlier imitates."""
     while True:
-        yield Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)), -1
-        gaussian = np.rint(np.clip(rng.normal(127.5, 64, shape), 0, 255)).astype(np.uint8)
-        yield Image.fromarray(gaussian), -1
+        impulses = np.full((size, size), rng.integers(256))
+        hit = rng.random((size, size)) < rng.uniform(0.1, 0.5)
+        impulses[hit] = 255 * rng.integers(0, 2, int(hit.sum()))
+        stripes = np.tile(rng.integers(0, 256, size), (size, 1))
+        stripes = stripes if rng.integers(2) else stripes.T
+        exponential = np.minimum(rng.exponential(64, (size, size)), 255)
+        for pixels in (impulses, stripes, exponential):
+            yield Image.fromarray(np.rint(pixels).astype(np.uint8)), -1
 
 
 def torchvision_set(spec: str, train: bool):  # type: ignore[no-untyped-def]
@@ -216,13 +223,21 @@ def torchvision_set(spec: str, train: bool):  # type: ignore[no-untyped-def]
     from torchvision import datasets
 
     name = spec.removeprefix("torchvision:")
-    if name not in datasets.__all__:
-        raise InputError(f"torchvision has no data set {name!r}: correct {spec!r} in params.yaml.")
-    factory = getattr(datasets, name)
-    accepted = inspect.signature(factory).parameters
+    factory = getattr(datasets, name, None) if name in datasets.__all__ else None
+    accepted = inspect.signature(factory).parameters if factory else {}
+    if factory is None or "download" not in accepted:
+        loadable = [n for n in datasets.__all__ if n[0].isupper()]
+        near = get_close_matches(name, loadable, 1, cutoff=0)[0]
+        raise InputError(
+            f"torchvision has no data set {name!r} to download; did you mean `torchvision:{near}`?"
+        )
     split = {"train": train} if "train" in accepted else {"split": "train" if train else "test"}
     try:
         return factory("downloads", download=True, **split)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{spec} is not divided into train and test ({error}): name another."
+        ) from None
     except (OSError, RuntimeError) as error:
         raise UnavailableError(
             f"{spec} could not be had ({error}): put its files under downloads/{name}, or name a "
@@ -259,7 +274,9 @@ def idx_folder(folder: Path, part: str) -> Iterator[Example]:
 
 
 def idx_classes(folder: Path) -> list[str]:
-    return [str(label) for label in np.unique(read_idx(folder / "t10k-labels-idx1-ubyte"))]
+    return [
+        str(label) for label in range(int(read_idx(folder / "train-labels-idx1-ubyte").max()) + 1)
+    ]
 
 
 def read_idx(path: Path) -> Array:

@@ -5,12 +5,16 @@ whose work is divided, the parts of it.
 """
 
 import csv
+import hashlib
+import json
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -19,8 +23,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from opnp import artifacts, backbones, datasets, proxies, sources, tensors, training
+from opnp import artifacts, backbones, datasets, energy, proxies, sources, tensors, training
 from opnp import features as shards
+from opnp import sensitivity as sensitivity_module
 from opnp.datasets import ImageSet, Manifest, data_file, read_manifest
 from opnp.energy import logits
 from opnp.errors import InputError
@@ -39,7 +44,7 @@ __all__ = ["evaluate", "features", "fetch", "report", "search", "sensitivity", "
 
 def fetch(parameters: Parameters) -> Manifest:
     """Write every image set of the parameters, and their manifest, to `data/`."""
-    begin_fetch()
+    begin_fetch(parameters)
     sets = fetch_id(parameters)
     for name in ood_sources(parameters):
         sets |= fetch_ood(parameters, name)
@@ -48,8 +53,18 @@ def fetch(parameters: Parameters) -> Manifest:
     return manifest
 
 
-def begin_fetch() -> None:
-    """Make room beside `data/`, which stays as it is until everything has been fetched."""
+def begin_fetch(parameters: Parameters) -> None:
+    """Make room beside `data/`, which stays as it is until everything has been fetched.
+
+    Raises:
+        InputError: a source lies in `data/`, which will be replaced.
+    """
+    data = parameters.data
+    for spec in (data.id, *data.near.values(), *data.far.values()):
+        if Path(spec).resolve().is_relative_to(artifacts.DATA.resolve()):
+            raise InputError(
+                f"The source {spec} lies in {artifacts.DATA}/, which fetch replaces: move it away."
+            )
     shutil.rmtree(artifacts.FETCHED, ignore_errors=True)
 
 
@@ -79,7 +94,14 @@ def fetch_id(parameters: Parameters) -> dict[str, ImageSet]:
     examples = {name: list(split) for name, split in splits.items()}
     if "all" in examples and data.test is None:
         raise InputError(f"{data.id} has no test split: say in data.test how many percent to take.")
-    rng = sources.generator(parameters.seed, "split")
+    for split, pairs in examples.items():
+        for row, (_, label) in enumerate(pairs):
+            if not 0 <= label < len(classes):
+                raise InputError(
+                    f"Image {row} of the {split} split of {data.id} has label {label}, but there "
+                    f"are {len(classes)} classes from 0 on: correct the labels."
+                )
+    rng = sources.generator(data.seed, "split")
     divided: dict[str, list[sources.Example]] = {"train": [], "validation": [], "test": []}
     for new, label in enumerate(known):
         pool = [image for image, y in examples.get("all", examples.get("train", [])) if y == label]
@@ -87,6 +109,11 @@ def fetch_id(parameters: Parameters) -> dict[str, ImageSet]:
         test = round(len(pool) * data.test / 100) if "all" in examples and data.test else 0
         stop = test + round(len(pool) * data.validation / 100)
         parts = {"test": order[:test], "validation": order[test:stop], "train": order[stop:]}
+        if empty := [split for split in ("train", "validation") if len(parts[split]) == 0]:
+            raise InputError(
+                f"Class {classes[label]} of {data.id} has no {empty[0]} images: give it some, or "
+                "leave it out in data.held_out."
+            )
         for split, indices in parts.items():
             divided[split] += [(pool[index], new) for index in indices]
     held_out = [(image, -1) for image, y in examples.get("all", []) if y in data.held_out]
@@ -116,7 +143,7 @@ def fetch_ood(parameters: Parameters, name: str) -> dict[str, ImageSet]:
     """Write the OOD set ``name``, whose source is not the ID source's held-out classes."""
     data = parameters.data
     role, source = ("near", data.near[name]) if name in data.near else ("far", data.far[name])
-    examples = sources.open_ood(source, data.image_size, parameters.seed)
+    examples = sources.open_ood(source, data.image_size, data.seed)
     limited = islice(examples, data.ood_count)
     path = data_file(f"ood/{name}", artifacts.FETCHED)
     entry = datasets.write(path, role, source, limited, data.image_size, data.mode, [])
@@ -128,7 +155,7 @@ def fetched(parameters: Parameters, sets: dict[str, ImageSet]) -> Manifest:
     wanted = ["train", "validation", "test"]
     wanted += [f"ood/{name}" for name in (*parameters.data.near, *parameters.data.far)]
     return Manifest(
-        {"seed": parameters.seed, "data": parameters.data.model_dump()},
+        parameters.data.model_dump(),
         list(sets["train"].classes),
         {name: sets[name] for name in wanted},
     )
@@ -137,14 +164,34 @@ def fetched(parameters: Parameters, sets: dict[str, ImageSet]) -> Manifest:
 def finish_fetch(manifest: Manifest) -> None:
     """Put what has been fetched, with its manifest, in the place of `data/`."""
     write_json(artifacts.FETCHED / artifacts.MANIFEST.name, manifest.as_json())
-    shutil.rmtree(artifacts.DATA, ignore_errors=True)
-    artifacts.FETCHED.rename(artifacts.DATA)
+    place = artifacts.DATA.resolve()  # a link to another disk stays one
+    old = place.with_name(f"{place.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    shutil.move(artifacts.FETCHED, place)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def remove_others(folder: Path, pattern: str, keep: set[Path]) -> None:
-    """Remove files of an earlier run that this one did not make, and the folders left empty."""
-    for path in folder.rglob(pattern):
-        if path not in keep:
+def manifest_of(parameters: Parameters) -> Manifest:
+    """The manifest of `data/`, if they were fetched with these parameters.
+
+    Raises:
+        InputError: it was fetched with others, or is missing.
+    """
+    manifest = read_manifest()
+    if manifest.parameters != parameters.data.model_dump():
+        raise InputError(
+            f"{artifacts.DATA}/ was fetched with other parameters in section data than "
+            f"{artifacts.PARAMETERS} has now: run `python -m flows.fetch`."
+        )
+    return manifest
+
+
+def remove_others(folder: Path, keep: set[Path]) -> None:
+    """Remove what an earlier run made and this one did not, or left half made."""
+    for path in folder.rglob("*"):
+        if path.is_file() and path not in keep and path.name != ".gitignore":
             path.unlink()
     for path in sorted(folder.rglob("*"), reverse=True):
         if path.is_dir() and not any(path.iterdir()):
@@ -156,34 +203,34 @@ def remove_others(folder: Path, pattern: str, keep: set[Path]) -> None:
 
 def train(parameters: Parameters) -> dict[str, Any]:
     """Train the backbone, or load its checkpoint, and record how well it classifies."""
-    settings, classes = parameters.train, sources.class_names(data_file("train"))
-    images, labels = {}, {}
-    pixels, labels["train"] = datasets.read(
-        data_file("train"), parameters.data.mode, parameters.data.image_size
-    )
-    preprocessing = backbones.Preprocessing.measured(pixels)
-    images["train"] = normalized(pixels, preprocessing)
-    pixels, labels["validation"] = datasets.read(
-        data_file("validation"), preprocessing.mode, preprocessing.size
-    )
-    images["validation"] = normalized(pixels, preprocessing)
-    device = device_for(0)
-    both = {
-        split: (images[split].to(device), torch.from_numpy(labels[split]).to(device))
-        for split in images
+    settings, data, device = parameters.train, parameters.data, device_for(0)
+    manifest_of(parameters)
+    classes = sources.class_names(data_file("train"))
+    read = {
+        split: datasets.read(data_file(split), data.mode, data.image_size)
+        for split in ("train", "validation")
     }
+    spec = {"name": settings.backbone, "width": settings.width, "depth": settings.depth}
     with training.deterministic(settings.threads):
         torch.manual_seed(parameters.seed)
-        spec = {"name": settings.backbone, "width": settings.width, "depth": settings.depth}
         model = backbones.build(
-            channels=preprocessing.channels,
+            channels=len(data.mode),
             classes=len(classes),
             **spec,  # type: ignore[arg-type]
         )
-        history = []
+        preprocessing = backbones.Preprocessing.measured(read["train"][0])
         if settings.checkpoint:
-            backbones.load_weights(model, Path(settings.checkpoint))
+            path = Path(settings.checkpoint)
+            preprocessing = load_checkpoint(model, path, classes, preprocessing)
         model.to(device)
+        both = {
+            split: (
+                preprocessing.normalize(unit(pixels)).to(device),
+                torch.from_numpy(labels).to(device),
+            )
+            for split, (pixels, labels) in read.items()
+        }
+        history = []
         if not settings.checkpoint:
             history = training.fit(
                 model,
@@ -205,7 +252,7 @@ def train(parameters: Parameters) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "features": model.head.in_features,
         "classes": model.head.out_features,
-        "checkpoint": settings.checkpoint,
+        "checkpoint": digest(Path(settings.checkpoint)) if settings.checkpoint else None,
         "sha256": digest(artifacts.BACKBONE),
     }
     write_csv(
@@ -215,8 +262,32 @@ def train(parameters: Parameters) -> dict[str, Any]:
     return record
 
 
-def normalized(pixels: np.ndarray[Any, Any], preprocessing: backbones.Preprocessing) -> Tensor:
-    return preprocessing.normalize(unit(pixels))
+def load_checkpoint(
+    model: backbones.Classifier,
+    path: Path,
+    classes: list[str],
+    measured: backbones.Preprocessing,
+) -> backbones.Preprocessing:
+    """Load a checkpoint, and return the preprocessing it states, else the one measured here.
+
+    Raises:
+        InputError: it is not for this model, or states other classes or another size of images.
+    """
+    stated = backbones.load_weights(model, path)
+    if stated.get("classes", classes) != classes:
+        raise InputError(
+            f"Checkpoint {path} is of the classes {', '.join(stated['classes'])}, the data are of "
+            f"{', '.join(classes)}: take the data it was trained on."
+        )
+    if "preprocessing" not in stated:
+        return measured
+    preprocessing = backbones.Preprocessing.stated(stated["preprocessing"])
+    if (preprocessing.size, preprocessing.mode) != (measured.size, measured.mode):
+        raise InputError(
+            f"Checkpoint {path} wants images of {preprocessing.size} pixels in mode "
+            f"{preprocessing.mode}: set data.image_size and data.mode so."
+        )
+    return preprocessing
 
 
 def unit(pixels: np.ndarray[Any, Any]) -> Tensor:
@@ -250,7 +321,7 @@ def features(parameters: Parameters) -> None:
 
 def feature_shards(parameters: Parameters) -> list[Shard]:
     """The shards to compute, in order."""
-    manifest, size = read_manifest(), parameters.features.shard_size
+    manifest, size = manifest_of(parameters), parameters.features.shard_size
     _, _, classes = backbones.load(artifacts.BACKBONE)
     if classes != manifest.classes:
         raise InputError(
@@ -265,30 +336,28 @@ def feature_shards(parameters: Parameters) -> list[Shard]:
 
 def feature_shard(parameters: Parameters, shard: Shard, index: int) -> bool:
     """Compute one shard, on the GPU whose turn it is; False if it was there already, whole."""
-    model_sha = digest(artifacts.BACKBONE)
     device = device_for(index)
-    model, preprocessing = backbone_on(model_sha, device)
-    proxy = shard.split.startswith("proxies/")
-    source = "validation" if proxy else shard.split
-    origin = shards.origin(
-        model_sha,
-        asdict(preprocessing),
-        read_manifest().sets[source].sha256,
-        shard,
-        parameters.features.dtype,
-        parameters.seed if proxy else None,
-    )
+    expected = expected_features(parameters, shard.split)
+    model, preprocessing = backbone_on(expected["backbone"], device)
+    origin = {
+        **expected,
+        "preprocessing": json.dumps(asdict(preprocessing)),
+        "device": device.type,
+        "code": code_digest(backbones, datasets, shards, proxies, sources),
+    }
     if shards.is_whole(shard, origin):
         return False
+    proxy = shard.split.startswith("proxies/")
     rows = range(shard.start, shard.stop)
     if proxy:
         family = shard.split.removeprefix("proxies/")
-        validation = validation_images(origin["images"], preprocessing)
+        with one_at_a_time:
+            validation = validation_images(origin["images"], preprocessing)
         made = proxies.make(family, validation, rows, parameters.seed)
         images, labels = torch.from_numpy(made), np.full(len(rows), -1, np.int64)
     else:
         pixels, labels = datasets.read(
-            data_file(source), preprocessing.mode, preprocessing.size, shard.start, shard.stop
+            data_file(shard.split), preprocessing.mode, preprocessing.size, shard.start, shard.stop
         )
         images = unit(pixels)
     batches = preprocessing.normalize(images).split(parameters.features.batch_size)
@@ -298,9 +367,28 @@ def feature_shard(parameters: Parameters, shard: Shard, index: int) -> bool:
     return True
 
 
+def expected_features(parameters: Parameters, split: str) -> dict[str, str]:
+    """What the shards of a split must say of themselves, wherever they are read."""
+    proxy = split.startswith("proxies/")
+    return {
+        "backbone": digest(artifacts.BACKBONE),
+        "images": manifest_of(parameters).sets["validation" if proxy else split].sha256,
+        "dtype": parameters.features.dtype,
+        **({"seed": str(parameters.seed)} if proxy else {}),
+    }
+
+
+def code_digest(*modules: ModuleType) -> str:
+    """SHA-256 over the sources of modules: what was made by other code is made again."""
+    sha = hashlib.sha256()
+    for module in modules:
+        sha.update(Path(str(module.__file__)).read_bytes())
+    return sha.hexdigest()
+
+
 def finish_features(plan: list[Shard]) -> None:
     """Remove shards that are not in the plan."""
-    remove_others(artifacts.FEATURES, "*.arrow", {shard.path for shard in plan})
+    remove_others(artifacts.FEATURES, {shard.path for shard in plan})
 
 
 @lru_cache(maxsize=16)
@@ -312,6 +400,9 @@ def backbone_on(
     return model.to(device), preprocessing
 
 
+one_at_a_time = threading.Lock()  # tasks that start together must not all decode all images
+
+
 @lru_cache(maxsize=1)
 def validation_images(sha256: str, preprocessing: backbones.Preprocessing) -> np.ndarray[Any, Any]:
     """All validation images in [0, 1], (N, C, H, W), of which proxies are made."""
@@ -319,15 +410,20 @@ def validation_images(sha256: str, preprocessing: backbones.Preprocessing) -> np
     return unit(pixels).numpy()
 
 
-def head_and_features(
-    *splits: str, proxies: tuple[str, ...] = ()
-) -> tuple[backbones.Classifier, list[tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """The backbone, the features and labels of splits, and those of proxy families by name."""
-    model, _, _ = backbones.load(artifacts.BACKBONE)
-    sha256 = digest(artifacts.BACKBONE)
-    loaded = [shards.load(split, sha256) for split in splits]
-    outliers = {name: shards.load(f"proxies/{name}", sha256)[0] for name in proxies}
-    return model, loaded, outliers
+def load_features(parameters: Parameters, *splits: str) -> list[tuple[Tensor, Tensor]]:
+    """Features, float32 (N, L), and labels (N,) of each split.
+
+    Raises:
+        InputError: shards are missing, damaged, or made from something else than is here now.
+    """
+    return [shards.load(split, expected_features(parameters, split)) for split in splits]
+
+
+def load_proxies(parameters: Parameters) -> dict[str, Tensor]:
+    """Features of each proxy family, by name; see `load_features`."""
+    families = parameters.search.proxies
+    loaded = load_features(parameters, *(f"proxies/{family}" for family in families))
+    return {family: features for family, (features, _) in zip(families, loaded, strict=True)}
 
 
 # sensitivity ------------------------------------------------------------------------------------
@@ -335,19 +431,19 @@ def head_and_features(
 
 def sensitivity(parameters: Parameters) -> Sensitivity:
     """Measure the sensitivity of the head over all training features, shard by shard."""
-    plan = sensitivity_shards()
+    plan = sensitivity_shards(parameters)
     for path in track(plan, "sensitivity (shards)", len(plan)):
         sensitivity_shard(parameters, path)
     return merge_sensitivity(plan)
 
 
-def sensitivity_shards() -> list[Path]:
+def sensitivity_shards(parameters: Parameters) -> list[Path]:
     """The feature shards of the training split, in order.
 
     Raises:
-        InputError: they are missing, damaged, of another backbone, or not the whole split.
+        InputError: they are missing, damaged, of something else, or not the whole split.
     """
-    return shards.shard_paths("train", digest(artifacts.BACKBONE))
+    return shards.shard_paths("train", expected_features(parameters, "train"))
 
 
 def sums_file(path: Path) -> Path:
@@ -362,6 +458,7 @@ def sensitivity_shard(parameters: Parameters, path: Path) -> bool:
         "rows": origin["rows"],
         "features": digest(path),
         "temperature": parameters.energy.temperature,
+        "code": code_digest(energy, sensitivity_module),
     }
     try:
         if read_sums(sums_file(path))[1] == metadata:
@@ -388,9 +485,17 @@ def write_sensitivity(
 def read_sums(path: Path) -> tuple[SensitivitySums, dict[str, Any]]:
     again = "run `python -m flows.sensitivity`"
     sums, metadata = tensors.load(path, again)
-    if "count" not in metadata:
-        raise InputError(f"{path} does not say how many samples it is of: {again}.")
+    check_sensitivity(path, sums, metadata, again)
     return SensitivitySums(**sums, count=metadata.pop("count")), metadata
+
+
+def check_sensitivity(
+    path: Path, found: dict[str, Tensor], metadata: dict[str, Any], again: str
+) -> None:
+    """Refuse a file that is whole, but holds something else than sensitivities."""
+    expected = {"weights", "neurons_mean", "neurons_gradient", "neurons_taylor"}
+    if set(found) != expected or "count" not in metadata:
+        raise InputError(f"{path} does not hold sensitivities and their count: {again}.")
 
 
 def merge_sensitivity(plan: list[Path]) -> Sensitivity:
@@ -403,22 +508,24 @@ def merge_sensitivity(plan: list[Path]) -> Sensitivity:
     write_sensitivity(artifacts.SENSITIVITY, mean, kept)
     remove_others(
         artifacts.SENSITIVITY.parent,
-        "*.safetensors",
         {artifacts.SENSITIVITY, *(sums_file(path) for path in plan)},
     )
     return mean
 
 
-def read_sensitivity() -> Sensitivity:
+def read_sensitivity(parameters: Parameters) -> Sensitivity:
     """The merged sensitivities.
 
     Raises:
-        InputError: missing, damaged, or of another backbone.
+        InputError: missing, damaged, of another backbone or of another temperature.
     """
     again = "run `python -m flows.sensitivity`"
     measured, metadata = tensors.load(artifacts.SENSITIVITY, again)
+    check_sensitivity(artifacts.SENSITIVITY, measured, metadata, again)
     if metadata.get("backbone") != digest(artifacts.BACKBONE):
         raise InputError(f"{artifacts.SENSITIVITY} is of another backbone: {again}.")
+    if metadata.get("temperature") != parameters.energy.temperature:
+        raise InputError(f"{artifacts.SENSITIVITY} is of another energy.temperature: {again}.")
     return Sensitivity(**measured, count=metadata["count"])
 
 
@@ -434,10 +541,9 @@ METHODS: dict[str, Callable[[Candidate], bool]] = {
 
 def search(parameters: Parameters) -> SearchResult:
     """Search the grid on ID validation and proxy outliers; write all trials and the best mask."""
-    settings, measured = parameters.search, read_sensitivity()
-    model, [(h, labels)], outliers = head_and_features(
-        "validation", proxies=tuple(settings.proxies)
-    )
+    settings, measured = parameters.search, read_sensitivity(parameters)
+    model, _, _ = backbones.load(artifacts.BACKBONE)
+    [(h, labels)], outliers = load_features(parameters, "validation"), load_proxies(parameters)
     grid = Grid(
         settings.weights_low,
         settings.weights_high,
@@ -529,12 +635,12 @@ def evaluate(parameters: Parameters) -> dict[str, Any]:
     from opnp.detector import OPNP
 
     temperature = parameters.energy.temperature
-    model, [train_split, validation], outliers = head_and_features(
-        "train", "validation", proxies=tuple(parameters.search.proxies)
-    )
+    model, _, _ = backbones.load(artifacts.BACKBONE)
     head = model.head
+    train_split, validation = load_features(parameters, "train", "validation")
+    outliers = load_proxies(parameters)
     found = read_json(artifacts.SEARCH, "python -m flows.search")
-    masks = {method: method_mask(method, found) for method in METHODS}
+    masks = {method: method_mask(parameters, method, found) for method in METHODS}
     detectors: dict[str, Detector] = {}
     tuned: dict[str, dict[str, Any]] = {}
     with training.deterministic(threads=1):
@@ -551,13 +657,11 @@ def evaluate(parameters: Parameters) -> dict[str, Any]:
                 )
 
         # Only here are test features read.
-        manifest = read_manifest()
+        manifest = manifest_of(parameters)
         names = list(manifest.ood)
-        _, tests, _ = head_and_features("test", *(f"ood/{name}" for name in names))
-        (h, labels), ood = (
-            tests[0],
-            dict(zip(names, (split[0] for split in tests[1:]), strict=True)),
-        )
+        h, labels = load_features(parameters, "test")[0]
+        outside = load_features(parameters, *(f"ood/{name}" for name in names))
+        ood = {name: features for name, (features, _) in zip(names, outside, strict=True)}
         scores = {
             name: {
                 split: comparison.score(detector, head, split_features)
@@ -610,7 +714,7 @@ def evaluate(parameters: Parameters) -> dict[str, Any]:
 PERCENTAGES = ("weights_low", "weights_high", "neurons_low", "neurons_high", "neuron_sensitivity")
 
 
-def method_mask(method: str, found: dict[str, Any]) -> PruningMask:
+def method_mask(parameters: Parameters, method: str, found: dict[str, Any]) -> PruningMask:
     """The mask of a method; that of OPNP is the one the search has saved.
 
     Raises:
@@ -627,7 +731,7 @@ def method_mask(method: str, found: dict[str, Any]) -> PruningMask:
         (chosen["weights_low"], chosen["weights_high"]),
         (chosen["neurons_low"], chosen["neurons_high"]),
         chosen["neuron_sensitivity"],
-    ).mask(read_sensitivity())
+    ).mask(read_sensitivity(parameters))
 
 
 def write_scores(
@@ -674,6 +778,7 @@ def report(parameters: Parameters) -> Path:
     """Draw everything found into one self-contained page."""
     from opnp.report import render
 
+    manifest_of(parameters)
     page = render(parameters)
     with atomic(artifacts.REPORT) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -55,17 +55,17 @@ def record_run(parameters: Parameters, seconds: dict[str, float]) -> None:
 
 
 def log_or_wait() -> None:
-    """Log what waits for MLflow; if it cannot be reached, say so and let it wait."""
+    """Log what waits for MLflow; what cannot be logged is said to, and waits on."""
     if not waiting():
         return
-    try:
-        log_waiting()
-    except Exception as error:  # whatever the server, the network or its database raise
-        print(
-            f"MLflow at {tracking_uri()} could not be reached ({type(error).__name__}): "
-            f"the run waits in {UNLOGGED} and is logged with the next.",
-            file=sys.stderr,
-        )
+    for folder, error in log_waiting().items():
+        if error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            print(
+                f"MLflow at {tracking_uri()} could not be reached, or refused the run ({reason}): "
+                f"it waits in {folder} and is logged with the next.",
+                file=sys.stderr,
+            )
 
 
 def stash(parameters: Parameters, seconds: dict[str, float]) -> Path:
@@ -145,14 +145,11 @@ def git_tags() -> dict[str, str]:
     return {"mlflow.source.git.commit": commit, "git.changed": str(bool(changes)).lower()}
 
 
-def log_waiting() -> list[str]:
-    """Log every waiting run to MLflow and remove its record.
+def log_waiting() -> dict[Path, Exception | None]:
+    """Log every waiting run to MLflow, each on its own, and remove the records of those logged.
 
     Returns:
-        The identifiers of the MLflow runs.
-
-    Raises:
-        mlflow.exceptions.MlflowException: MLflow cannot be reached; records not yet logged stay.
+        Each record's folder, and what kept it from being logged, if anything did.
     """
     import logging
 
@@ -160,15 +157,18 @@ def log_waiting() -> list[str]:
         logging.getLogger(name).setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri())
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "opnp"
-    known = client.get_experiment_by_name(name)
-    experiment = known.experiment_id if known else client.create_experiment(name)
-    logged = []
+    outcomes: dict[Path, Exception | None] = {}
     for folder in waiting():
-        logged.append(log(client, experiment, folder))
-        shutil.rmtree(folder)
-    return logged
+        try:
+            client = MlflowClient(tracking_uri())
+            name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "opnp"
+            known = client.get_experiment_by_name(name)
+            log(client, known.experiment_id if known else client.create_experiment(name), folder)
+            shutil.rmtree(folder)
+            outcomes[folder] = None
+        except Exception as error:  # whatever the server, the network, its database or a disk raise
+            outcomes[folder] = error
+    return outcomes
 
 
 def log(client: Any, experiment: str, folder: Path) -> str:
@@ -184,11 +184,11 @@ def log(client: Any, experiment: str, folder: Path) -> str:
             experiment, values["time"], {**values["tags"], "record": folder.name}, values["name"]
         )
     ).info.run_id
-    client.log_batch(
-        run,
-        [Metric(key, value, values["time"], 0) for key, value in values["metrics"].items()],
-        [Param(key, str(value)) for key, value in values["parameters"].items()],
-    )
+    metrics = [Metric(key, value, values["time"], 0) for key, value in values["metrics"].items()]
+    parameters = [Param(key, str(value)) for key, value in values["parameters"].items()]
+    for start in range(0, max(len(metrics), len(parameters)), 100):  # MLflow takes no more at once
+        chunk = slice(start, start + 100)
+        client.log_batch(run, metrics[chunk], parameters[chunk])
     client.log_inputs(
         run,
         [

@@ -1,5 +1,6 @@
 """Training a classifier: plain SGD with a one-cycle schedule, deterministic under its seed."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,9 @@ from torch.nn import functional as F
 from opnp.backbones import Classifier
 from opnp.errors import InputError
 from opnp.progress import track
+
+# cuBLAS is deterministic only with a workspace of fixed size, stated before CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 __all__ = ["accuracy", "deterministic", "fit"]
 
@@ -23,6 +27,7 @@ def deterministic(threads: int) -> Iterator[None]:
     own; the choice of algorithms is the process's, and stays, since tasks overlap in time.
     """
     torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.allow_tf32 = False  # of 10 bits, where the CPU's float32 has 23
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

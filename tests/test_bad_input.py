@@ -18,7 +18,7 @@ from flows.fetch import fetch
 from flows.search import search
 from flows.sensitivity import sensitivity
 from flows.train import train
-from opnp import artifacts, backbones
+from opnp import artifacts, backbones, parameters
 from tests.conftest import run_program
 from tests.test_pipeline import contents, replace
 
@@ -108,7 +108,7 @@ def test_a_good_checkpoint_is_taken_as_it_is(workspace: Path, prefect_api: str) 
     torch.save(state, workspace / "good.pt")
     replace(workspace / "params.yaml", "checkpoint: null", "checkpoint: good.pt")
     (workspace / artifacts.BACKBONE).unlink()
-    train()
+    train(parameters.load())
     loaded = load_file(workspace / artifacts.BACKBONE)
     assert all(torch.equal(loaded[name], state[name]) for name in state)
 
@@ -179,5 +179,5 @@ def test_constant_features_still_work(workspace: Path, prefect_api: str) -> None
     measured = load_file(workspace / artifacts.SENSITIVITY)
     assert np.isfinite(measured["weights"].numpy()).all()
     shutil.rmtree(workspace / "artifacts/search")
-    search()
+    search(parameters.load())
     assert (workspace / artifacts.MASK).is_file()

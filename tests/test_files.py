@@ -5,6 +5,7 @@ import json
 import pickle
 import struct
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -337,7 +338,7 @@ def test_as_many_labels_as_images_are_needed() -> None:
 # Shards of features
 
 
-ORIGIN = {"backbone": "abc"}
+ORIGIN = {"backbone": "abc", "images": "def", "dtype": "float32"}
 
 
 def drawn_features(rows: int) -> Tensor:
@@ -347,9 +348,8 @@ def drawn_features(rows: int) -> Tensor:
 def write_split(count: int = 5, size: int = 2, dtype: str = "float32") -> list[Shard]:
     shards, everything = features.divide("train", count, size), drawn_features(count)
     for shard in shards:
-        origin = features.origin("abc", {"size": 8}, "def", shard, dtype, seed=None)
         labels = np.arange(shard.start, shard.stop, dtype=np.int64) % 3
-        features.write_shard(shard, everything[shard.start : shard.stop], labels, origin, dtype)
+        features.write_shard(shard, everything[shard.start : shard.stop], labels, ORIGIN, dtype)
     return shards
 
 
@@ -365,7 +365,7 @@ def test_shards_cover_a_split_once_and_in_order() -> None:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_features_are_loaded_as_they_were_written(dtype: str, size: int) -> None:
     write_split(5, size, dtype)
-    found, labels = features.load("train", "abc")
+    found, labels = features.load("train", ORIGIN)
     assert found.dtype == torch.float32
     expected = drawn_features(5)
     assert torch.equal(found, expected if dtype == "float32" else expected.half().float())
@@ -374,13 +374,14 @@ def test_features_are_loaded_as_they_were_written(dtype: str, size: int) -> None
 
 def test_a_shard_is_whole_only_if_it_is_of_exactly_that_origin() -> None:
     shard = write_split()[1]
-    origin = features.origin("abc", {"size": 8}, "def", shard, "float32", seed=None)
-    assert features.is_whole(shard, origin)
-    for key in origin:
-        assert not features.is_whole(shard, {**origin, key: "other"})
-    assert not features.is_whole(shard, {**origin, "seed": "0"})
+    assert features.is_whole(shard, ORIGIN)
+    for key in ORIGIN:
+        assert not features.is_whole(shard, {**ORIGIN, key: "other"})
+    assert not features.is_whole(shard, {**ORIGIN, "seed": "0"})
+    assert not features.is_whole(replace(shard, start=1), ORIGIN)
+    assert not features.is_whole(replace(shard, count=9), ORIGIN)
     shard.path.unlink()
-    assert not features.is_whole(shard, origin)
+    assert not features.is_whole(shard, ORIGIN)
 
 
 def test_a_flipped_bit_of_a_shard_is_refused_by_name_or_changes_nothing() -> None:
@@ -419,7 +420,7 @@ def test_a_truncated_shard_is_refused_by_name() -> None:
         path.unlink()
         path.write_bytes(whole[:size])
         assert refused(lambda: features.read_shard(path), path), size
-        assert refused(lambda: features.load("train", "abc"), path), size
+        assert refused(lambda: features.load("train", ORIGIN), path), size
 
 
 def test_an_arrow_file_of_something_else_is_refused_by_name() -> None:
@@ -432,19 +433,19 @@ def test_an_arrow_file_of_something_else_is_refused_by_name() -> None:
 def test_features_of_another_backbone_are_refused_by_name() -> None:
     path = write_split()[0].path
     with pytest.raises(InputError, match=f"{path} was made with another backbone"):
-        features.load("train", "xyz")
+        features.load("train", {"backbone": "xyz"})
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_a_split_that_lacks_a_shard_is_refused(index: int) -> None:
     write_split()[index].path.unlink()
     with pytest.raises(InputError, match=r"features.train"):
-        features.load("train", "abc")
+        features.load("train", ORIGIN)
 
 
 def test_a_split_without_shards_is_refused() -> None:
     with pytest.raises(InputError, match=r"features/train holds no shards"):
-        features.load("train", "abc")
+        features.load("train", ORIGIN)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -240,11 +240,12 @@ def test_a_tracking_server_that_is_down_loses_nothing(
     assert len(tracking.waiting()) == 1
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
-    (run,) = tracking.log_waiting()
-    assert tracking.waiting() == []
-    from mlflow import MlflowClient
-
-    assert MlflowClient("sqlite:///mlflow.db").get_run(run).data.metrics["seconds/train"] == 1.5
+    (tracking.UNLOGGED / "0-broken").mkdir()
+    (tracking.UNLOGGED / "0-broken" / "run.json").write_text("{")
+    tracking.log_or_wait()
+    assert "0-broken" in capsys.readouterr().err
+    assert [folder.name for folder in tracking.waiting()] == ["0-broken"]
+    assert 1.5 in [run.data.metrics["seconds/train"] for run in mlflow_runs()]
 
 
 def test_features_resume_without_computing_a_whole_shard_twice(
@@ -262,7 +263,7 @@ def test_features_resume_without_computing_a_whole_shard_twice(
     stray.parent.mkdir()
     shutil.copy2(workspace / "artifacts/features/test/00000.arrow", stray)
     times = {p: p.stat().st_mtime_ns for p in workspace.glob("artifacts/features/**/*.arrow")}
-    features()
+    features(parameters.load())
     assert contents(workspace) == before
     again = {p: p.stat().st_mtime_ns for p in workspace.glob("artifacts/features/**/*.arrow")}
     assert {path for path in again if again[path] != times.get(path)} == {lost, cut}
@@ -276,6 +277,6 @@ def test_sensitivity_resumes_to_the_same_bits(workspace: Path, prefect_api: str)
     (folder / "sensitivity.safetensors").unlink()
     os.truncate(folder / "shards/00000.safetensors", 100)
     kept = (folder / "shards/00001.safetensors").stat().st_mtime_ns
-    sensitivity()
+    sensitivity(parameters.load())
     assert contents(workspace) == before
     assert (folder / "shards/00001.safetensors").stat().st_mtime_ns == kept
