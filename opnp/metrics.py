@@ -20,7 +20,15 @@ from torch.nn import functional as F
 
 from opnp.errors import InputError
 
-__all__ = ["METRICS", "bootstrap", "calibration", "fpr95_auroc", "ood_metrics", "tpr_at_fpr"]
+__all__ = [
+    "METRICS",
+    "bootstrap",
+    "calibration",
+    "calibration_intervals",
+    "fpr95_auroc",
+    "ood_metrics",
+    "tpr_at_fpr",
+]
 
 BLOCK = 2_000_000  # weights held at once by `bootstrap`, which bounds its memory
 
@@ -131,37 +139,42 @@ def bootstrap(
     """
     for scores in ood_scores.values():
         check_scores(id_scores, scores)
-    rng = np.random.default_rng(seed)
-    n = len(id_scores)
-    id_weights = rng.multinomial(n, np.full(n, 1 / n), resamples)
-    drawn: dict[str, dict[str, NDArray[np.float64]]] = {}
-    for name, scores in ood_scores.items():
-        m = len(scores)
-        ood_weights = rng.multinomial(m, np.full(m, 1 / m), resamples)
-        block = max(1, BLOCK // (n + m))
-        parts = [
-            weighted_metrics(
-                id_scores.double().numpy(),
-                scores.double().numpy(),
-                id_weights[start : start + block],
-                ood_weights[start : start + block],
+    kept = id_scores.double().numpy()
+    drawn: dict[str, list[dict[str, NDArray[np.float64]]]] = {name: [] for name in ood_scores}
+    largest = max(len(scores) for scores in ood_scores.values())
+    block = max(1, BLOCK // (len(kept) + largest))
+    # A generator for ID and one for each set, so that blocks of any size draw the same.
+    id_rng, *ood_rngs = np.random.default_rng(seed).spawn(1 + len(ood_scores))
+    for start in range(0, resamples, block):
+        count = min(block, resamples - start)
+        id_weights = resampled(len(kept), count, id_rng)
+        for (name, scores), rng in zip(ood_scores.items(), ood_rngs, strict=True):
+            ood_weights = resampled(len(scores), count, rng)
+            drawn[name].append(
+                weighted_metrics(kept, scores.double().numpy(), id_weights, ood_weights)
             )
-            for start in range(0, resamples, block)
-        ]
-        drawn[name] = {
-            metric: np.concatenate([part[metric] for part in parts]) for metric in METRICS
-        }
-    sets = list(drawn.values())
-    drawn["mean"] = {
-        metric: np.mean([values[metric] for values in sets], axis=0) for metric in METRICS
+    values = {
+        name: {metric: np.concatenate([part[metric] for part in parts]) for metric in METRICS}
+        for name, parts in drawn.items()
     }
-    intervals: dict[str, dict[str, tuple[float, float]]] = {}
-    for name, values in drawn.items():
-        intervals[name] = {}
-        for metric, value in values.items():
-            low, high = np.percentile(value, [2.5, 97.5])
-            intervals[name][metric] = (float(low), float(high))
-    return intervals
+    values["mean"] = {
+        metric: np.mean([values[name][metric] for name in ood_scores], axis=0) for metric in METRICS
+    }
+    return {
+        name: {metric: interval(value) for metric, value in by_metric.items()}
+        for name, by_metric in values.items()
+    }
+
+
+def resampled(n: int, resamples: int, rng: np.random.Generator) -> NDArray[np.int64]:
+    """How often each of ``n`` samples is drawn in each resample, shape (resamples, n)."""
+    return rng.multinomial(n, np.full(n, 1 / n), resamples)
+
+
+def interval(values: NDArray[np.float64]) -> tuple[float, float]:
+    """The middle 95 % of resampled values."""
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
 
 
 def weighted_metrics(
@@ -229,12 +242,33 @@ def calibration(logits: Tensor, labels: Tensor) -> dict[str, float]:
         equal mass (100 samples, pytorch-ood's `calibration_error` with p = 1), not of equal width;
         ``nll``, the mean negative log-likelihood in nats.
     """
+    return calibration_of(*outcomes(logits, labels))
+
+
+def calibration_intervals(
+    logits: Tensor, labels: Tensor, resamples: int, seed: int
+) -> dict[str, tuple[float, float]]:
+    """95 % bootstrap intervals of what `calibration` returns; see `bootstrap`."""
+    measured = outcomes(logits, labels)
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(resamples):
+        rows = torch.from_numpy(rng.integers(len(labels), size=len(labels)))
+        drawn.append(calibration_of(*(values[rows] for values in measured)))
+    return {name: interval(np.array([values[name] for values in drawn])) for name in drawn[0]}
+
+
+def outcomes(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Confidence, correctness and negative log-likelihood of each prediction, each (N,)."""
+    confidence, predicted = logits.softmax(dim=1).max(dim=1)
+    return confidence, predicted == labels, F.cross_entropy(logits, labels, reduction="none")
+
+
+def calibration_of(confidence: Tensor, correct: Tensor, nll: Tensor) -> dict[str, float]:
     from pytorch_ood.metrics import calibration_error
 
-    confidence, predicted = logits.softmax(dim=1).max(dim=1)
-    correct = predicted == labels
     return {
         "accuracy": 100 * float(correct.double().mean()),
         "ece": 100 * calibration_error(confidence, correct, p="1", beta=100),
-        "nll": float(F.cross_entropy(logits, labels)),
+        "nll": float(nll.double().mean()),
     }

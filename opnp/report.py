@@ -144,6 +144,7 @@ class Evaluation:
     table: dict[str, dict[str, dict[str, float]]]
     intervals: dict[str, dict[str, dict[str, dict[str, float]]]]
     calibration: dict[str, dict[str, float]]
+    id_intervals: dict[str, dict[str, dict[str, float]]]
     hyperparameters: dict[str, dict[str, Any]]
     sets: dict[str, dict[str, Any]]
     id_count: int
@@ -248,7 +249,8 @@ def read_evaluation(parameters: Parameters, pruning: Pruning) -> Evaluation:
         calibration = select(found["id"], heads, ("accuracy", "ece", "nll"))
     with reading(artifacts.INTERVALS, command):
         found = read_json(artifacts.INTERVALS, command)
-        intervals = select(found, names, shown, METRICS, ("low", "high"))
+        intervals = select(found["detectors"], names, shown, METRICS, ("low", "high"))
+        id_intervals = select(found["id"], heads, ("accuracy", "ece", "nll"), ("low", "high"))
     with reading(artifacts.SCORES, command):
         scores_of = pq.read_table(artifacts.SCORES, columns=["set", *names])
         place = scores_of["set"].to_numpy()
@@ -259,7 +261,9 @@ def read_evaluation(parameters: Parameters, pruning: Pruning) -> Evaluation:
         if missing := {"test", *sets} - set(place):
             raise LookupError(f"no scores of {min(missing)}")
     roc = read_columns(artifacts.ROC, command, ("fpr", *names))
-    return Evaluation(table, intervals, calibration, tuned, sets, id_count, scores, roc)
+    return Evaluation(
+        table, intervals, calibration, id_intervals, tuned, sets, id_count, scores, roc
+    )
 
 
 def read_hashes(backbone: Backbone) -> dict[str, str]:
@@ -279,8 +283,8 @@ def number(value: float, digits: int = 1) -> str:
     return f"{value:.{digits}f}".replace("-", "−")
 
 
-def span(interval: Mapping[str, float]) -> str:
-    return f"{number(interval['low'])}–{number(interval['high'])}"
+def span(interval: Mapping[str, float], digits: int = 1) -> str:
+    return f"{number(interval['low'], digits)}–{number(interval['high'], digits)}"
 
 
 def detector_name(name: str) -> str:

@@ -674,28 +674,29 @@ def evaluate(parameters: Parameters) -> dict[str, Any]:
             **{m: masks[m].apply(head)(h) for m in masks if m in detectors},
         }
 
-    table: dict[str, dict[str, dict[str, float]]] = {}
-    intervals: dict[str, Any] = {}
-    for method, by_set in track(scores.items(), "bootstrap (detectors)", len(scores)):
-        against = {split: by_set[split] for split in names}
-        table[method] = {s: metrics.ood_metrics(by_set["test"], against[s]) for s in names}
-        table[method]["mean"] = {
-            metric: float(np.mean([table[method][split][metric] for split in names]))
-            for metric in metrics.METRICS
+        table: dict[str, dict[str, dict[str, float]]] = {}
+        intervals: dict[str, Any] = {}
+        resamples = parameters.evaluate.bootstrap
+        for method, by_set in track(scores.items(), "bootstrap (detectors)", len(scores)):
+            against = {split: by_set[split] for split in names}
+            table[method] = {s: metrics.ood_metrics(by_set["test"], against[s]) for s in names}
+            table[method]["mean"] = {
+                metric: float(np.mean([table[method][split][metric] for split in names]))
+                for metric in metrics.METRICS
+            }
+            drawn = metrics.bootstrap(by_set["test"], against, resamples, parameters.seed)
+            intervals[method] = {split: spans(values) for split, values in drawn.items()}
+        result = {
+            "detectors": table,
+            "id": {name: metrics.calibration(f, labels) for name, f in id_logits.items()},
         }
-        intervals[method] = {
-            split: {metric: {"low": low, "high": high} for metric, (low, high) in values.items()}
-            for split, values in metrics.bootstrap(
-                by_set["test"], against, parameters.evaluate.bootstrap, parameters.seed
-            ).items()
+        id_intervals = {
+            name: spans(metrics.calibration_intervals(f, labels, resamples, parameters.seed))
+            for name, f in id_logits.items()
         }
-    result = {
-        "detectors": table,
-        "id": {name: metrics.calibration(f, labels) for name, f in id_logits.items()},
-    }
     write_scores(scores, {"test": h, **ood}, labels, model)
     write_roc(scores, names)
-    write_json(artifacts.INTERVALS, intervals)
+    write_json(artifacts.INTERVALS, {"detectors": intervals, "id": id_intervals})
     write_json(
         artifacts.EVALUATION,
         {
@@ -709,6 +710,10 @@ def evaluate(parameters: Parameters) -> dict[str, Any]:
     # The metrics come last: where they are, everything is.
     write_json(artifacts.METRICS, result)
     return result
+
+
+def spans(intervals: dict[str, tuple[float, float]]) -> dict[str, dict[str, float]]:
+    return {metric: {"low": low, "high": high} for metric, (low, high) in intervals.items()}
 
 
 PERCENTAGES = ("weights_low", "weights_high", "neurons_low", "neurons_high", "neuron_sensitivity")

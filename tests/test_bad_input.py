@@ -12,13 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flows import pipeline as whole
 from flows.evaluate import evaluate
 from flows.features import features
 from flows.fetch import fetch
+from flows.report import report
 from flows.search import search
 from flows.sensitivity import sensitivity
 from flows.train import train
 from opnp import artifacts, backbones, parameters
+from opnp.datasets import read_manifest
+from opnp.errors import InputError
 from tests.conftest import run_program
 from tests.test_pipeline import contents, replace
 
@@ -181,3 +185,78 @@ def test_constant_features_still_work(workspace: Path, prefect_api: str) -> None
     shutil.rmtree(workspace / "artifacts/search")
     search(parameters.load())
     assert (workspace / artifacts.MASK).is_file()
+
+
+def test_data_fetched_with_other_parameters(workspace: Path, call: Call) -> None:
+    """As `dvc exp run -S data.ood_count=50` would otherwise go on with the data that are there."""
+    replace(workspace / "params.yaml", "ood_count: 400", "ood_count: 50")
+    before = contents(workspace)
+    for flow in (train, features, search, evaluate, report):
+        assert "data/ was fetched with other parameters" in call(flow)
+    assert contents(workspace) == before
+
+
+def test_a_sensitivity_of_another_temperature(workspace: Path, call: Call) -> None:
+    replace(workspace / "params.yaml", "temperature: 1.0", "temperature: 5.0")
+    assert "is of another energy.temperature" in call(search)
+
+
+def test_features_of_other_images(workspace: Path, call: Call) -> None:
+    manifest = workspace / artifacts.MANIFEST
+    sha256 = read_manifest().sets["train"].sha256
+    replace(manifest, sha256, "0" * 64)
+    assert "train/00000.arrow was made with another images" in call(sensitivity)
+
+
+def test_a_source_that_fetch_would_remove(workspace: Path, call: Call) -> None:
+    mine = workspace / "data" / "mine.parquet"
+    shutil.copy2(workspace / "data/test.parquet", mine)
+    replace(workspace / "params.yaml", "letters: letters", "letters: data/mine.parquet")
+    assert "data/mine.parquet lies in data/" in call(fetch)
+    assert mine.is_file()
+
+
+def test_labels_out_of_range(workspace: Path, call: Call) -> None:
+    folder = workspace / "mine"
+    folder.mkdir()
+    table = pq.read_table(workspace / "data/train.parquet")
+    pq.write_table(table, folder / "train.parquet")
+    labels = pa.array([9, *table["label"].to_pylist()[1:]], pa.int64())
+    pq.write_table(table.set_column(1, table.schema.field(1), labels), folder / "test.parquet")
+    replace(workspace / "params.yaml", "id: digits", "id: mine")
+    replace(workspace / "params.yaml", "held_out: [7, 8, 9]", "held_out: [6]")
+    assert "Image 0 of the test split of mine has label 9" in call(fetch)
+
+
+def test_a_checkpoint_of_other_classes(workspace: Path, call: Call) -> None:
+    model, preprocessing, classes = backbones.load(workspace / artifacts.BACKBONE)
+    spec: dict[str, object] = {"name": "resnet", "width": 32, "depth": 1}
+    path = workspace / "reversed.safetensors"
+    backbones.save(model, path, preprocessing, classes[::-1], spec)
+    replace(workspace / "params.yaml", "checkpoint: null", "checkpoint: reversed.safetensors")
+    assert "is of the classes 6, 5, 4, 3, 2, 1, 0, the data are of 0, 1, 2" in call(train)
+
+
+def test_a_prefect_server_that_is_not_there(workspace: Path) -> None:
+    done = run_program(
+        "python",
+        "-m",
+        "flows.train",
+        cwd=workspace,
+        env={"PREFECT_API_URL": "http://127.0.0.1:9/api"},
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: No Prefect server answers at http://127.0.0.1:9/api")
+
+
+def test_parameters_changed_during_a_run_are_not_recorded(
+    workspace: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = parameters.load()
+    replace(workspace / "params.yaml", "epochs: 15", "epochs: 14")
+    lock = (workspace / "dvc.lock").read_bytes()
+    (workspace / artifacts.REPORT).unlink()
+    monkeypatch.setattr(whole, "outdated", lambda stage, _: stage == "report")
+    with pytest.raises(InputError, match=r"params\.yaml was changed during the run"):
+        whole.run_stages(chosen)
+    assert (workspace / "dvc.lock").read_bytes() == lock

@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+import yaml
+
 ROOT = Path(__file__).parents[1]
 
 # From the bottom up; a module may import from its own layer's predecessors and its own layer.
@@ -50,3 +52,27 @@ def test_the_core_knows_no_orchestration() -> None:
         tops = {name.split(".")[0] for name in imported(ROOT / "opnp" / f"{module}.py")}
         third = tops - {"torch", "opnp"} - {"collections", "dataclasses", "itertools"}
         assert third <= {"fractions", "math", "pathlib", "typing"}, (module, third)
+
+
+def test_a_stage_depends_on_the_code_it_runs() -> None:
+    """What dvc.yaml lists and what the module of a result imports agree, down to the core."""
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    concerned = {
+        "train": {"training", "backbones", "datasets"},
+        "features": {"features", "proxies", "backbones", "datasets"},
+        "sensitivity": {"sensitivity", "features"},
+        "search": {"search", "features"},
+        "evaluate": {"comparison", "detector", "features"},
+        "report": {"report"},
+    }
+    # Of no influence on results: errors, how files are written, progress, fixed places.
+    plain = {"errors", "files", "progress", "artifacts", "tensors", "parameters", "opnp"}
+    for stage, modules in concerned.items():
+        listed = {Path(dep).stem for dep in stages[stage]["deps"] if str(dep).endswith(".py")}
+        assert modules | {"stages"} <= listed, stage
+        for module in listed - {"stages"}:
+            names = imported(ROOT / "opnp" / f"{module}.py")
+            needed = {name.split(".")[1] for name in names if name.startswith("opnp.")}
+            # search and sensitivity reach evaluate and features as files, not as code
+            reached = needed & {path.stem for path in (ROOT / "opnp").glob("*.py")} - plain
+            assert reached - {"search", "sensitivity", "energy"} <= listed, (stage, module)

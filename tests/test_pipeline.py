@@ -15,6 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from flows import pipeline as whole
+from flows import versions
 from opnp import artifacts, parameters, stages, tracking
 from opnp.datasets import read_manifest
 from opnp.files import digest
@@ -267,6 +268,32 @@ def test_features_resume_without_computing_a_whole_shard_twice(
     assert contents(workspace) == before
     again = {p: p.stat().st_mtime_ns for p in workspace.glob("artifacts/features/**/*.arrow")}
     assert {path for path in again if again[path] != times.get(path)} == {lost, cut}
+
+
+def test_features_of_other_code_are_made_again(
+    workspace: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.features import features
+    from flows.sensitivity import sensitivity
+
+    times = {p: p.stat().st_mtime_ns for p in workspace.glob("artifacts/*/**/*.*")}
+    monkeypatch.setattr(stages, "code_digest", lambda *modules: "other")
+    features(parameters.load())
+    sensitivity(parameters.load())
+    for path in workspace.glob("artifacts/[fs]e[an][ts]*/**/*.[as]*"):
+        assert path.stat().st_mtime_ns != times[path], path
+
+
+def test_a_checkpoint_that_was_replaced_is_noticed(workspace: Path) -> None:
+    shutil.copy2(workspace / artifacts.BACKBONE, "mine.safetensors")
+    replace(workspace / "params.yaml", "checkpoint: null", "checkpoint: mine.safetensors")
+    chosen = parameters.load()
+    stages.train(chosen)
+    versions.record("train")
+    assert not whole.outdated("train", chosen)
+    with Path("mine.safetensors").open("ab") as file:
+        file.write(b" ")
+    assert whole.outdated("train", chosen)
 
 
 def test_sensitivity_resumes_to_the_same_bits(workspace: Path, prefect_api: str) -> None:

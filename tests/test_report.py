@@ -153,7 +153,9 @@ def write_evaluation(head: torch.nn.Linear, rng: torch.Generator) -> None:
     quality = {"accuracy": 97.5, "ece": 1.25, "nll": 0.1234}
     calibration = dict.fromkeys(("unpruned", "opp", "opnp"), quality)
     write_json(artifacts.METRICS, {"detectors": table, "id": calibration})
-    write_json(artifacts.INTERVALS, intervals)
+    about = {name: {"low": value - 0.1, "high": value + 0.1} for name, value in quality.items()}
+    id_intervals = dict.fromkeys(calibration, about)
+    write_json(artifacts.INTERVALS, {"detectors": intervals, "id": id_intervals})
     hyperparameters = {
         "msp": {},
         "energy": {},
@@ -210,15 +212,16 @@ def test_ties_are_all_bold() -> None:
     values = {"fpr95": 14.04, "auroc": 90.0}
     tied = {"fpr95": 13.96, "auroc": 80.0}
     table = {name: {"mean": row} for name, row in (("energy", values), ("opnp", tied))}
-    evaluation = Evaluation(table, {}, {}, {}, {}, 0, {}, {})
+    evaluation = Evaluation(table, {}, {}, {}, {}, {}, 0, {}, {})
     assert best(evaluation, "fpr95") == {"mean": "14.0"}  # as either of them is shown
     assert best(evaluation, "auroc") == {"mean": "90.0"}
 
 
 @pytest.mark.usefixtures("in_run")
 def test_mean_has_its_interval(page: str) -> None:
-    interval = read_json(artifacts.INTERVALS, "")["opnp"]["mean"]["fpr95"]
+    interval = read_json(artifacts.INTERVALS, "")["detectors"]["opnp"]["mean"]["fpr95"]
     assert f"({interval['low']:.1f}–{interval['high']:.1f})" in page
+    assert "97.50 <small>(97.4–97.6)</small>" in page
 
 
 @pytest.mark.usefixtures("in_run")
