@@ -40,7 +40,7 @@ FILES = (
 
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, else an SQLite file in the workspace."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
 
 
 def waiting() -> list[Path]:

@@ -39,7 +39,7 @@ def replace(path: Path, old: str, new: str) -> None:
 def mlflow_runs() -> list[Any]:
     from mlflow import MlflowClient
 
-    client = MlflowClient("sqlite:///mlflow.db")
+    client = MlflowClient(tracking.tracking_uri())
     experiment = client.get_experiment_by_name("opnp")
     assert experiment
     return list(client.search_runs([experiment.experiment_id]))
@@ -221,7 +221,7 @@ def test_mlflow_holds_the_run(workspace: Path) -> None:
     assert len(run.data.tags["mlflow.source.git.commit"]) == 40
     from mlflow import MlflowClient
 
-    client = MlflowClient("sqlite:///mlflow.db")
+    client = MlflowClient(tracking.tracking_uri())
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert {"mask.safetensors", "index.html", "params.yaml", "trials.parquet"} <= names
     assert run.inputs is not None
@@ -240,7 +240,7 @@ def test_a_tracking_server_that_is_down_loses_nothing(
     assert "could not be reached" in capsys.readouterr().err
     assert len(tracking.waiting()) == 1
 
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow.db")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     (tracking.UNLOGGED / "0-broken").mkdir()
     (tracking.UNLOGGED / "0-broken" / "run.json").write_text("{")
     tracking.log_or_wait()
