@@ -134,11 +134,14 @@ def serve(pid: int, file: Path) -> None:
 
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
-    server = uvicorn.Server(
-        uvicorn.Config(
-            "prefect.server.api.server:create_app", factory=True, log_level="error", lifespan="on"
-        )
+    config = uvicorn.Config(
+        "prefect.server.api.server:create_app",
+        factory=True,
+        log_level="error",
+        lifespan="on",
+        timeout_graceful_shutdown=5,  # seconds for connections that a client has left open
     )
+    server = uvicorn.Server(config)
 
     def watch() -> None:
         while not server.started and psutil.pid_exists(pid):
@@ -149,8 +152,6 @@ def serve(pid: int, file: Path) -> None:
         with suppress(psutil.NoSuchProcess):
             psutil.Process(pid).wait()
         server.should_exit = True
-        # A client that is gone can leave a connection open; the server must not wait for it.
-        server.force_exit = True
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

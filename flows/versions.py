@@ -91,10 +91,12 @@ def check_data(manifest: Manifest) -> None:
 
 def record_data(manifest: Manifest) -> None:
     """Record `data/` in `data.dvc`, with the parameters and the SHA-256 of each file."""
+    from dvc.utils.serialize import dumps_yaml  # so that DVC, writing it again, changes nothing
+
     with repository() as repo:
         repo.add(str(DATA))
     text = yaml.safe_load(DATA_FILE.read_text())
     files = {name: entry.sha256 for name, entry in manifest.sets.items()}
     text["meta"] = {"parameters": manifest.parameters, "files": files}
     with atomic(DATA_FILE) as temporary:
-        temporary.write_text(yaml.safe_dump(text, sort_keys=False))
+        temporary.write_text(dumps_yaml(text))

@@ -173,6 +173,7 @@ def test_plain_functions_and_any_number_of_workers_give_the_same_bits(
 def test_an_experiment_runs_only_its_stages_against_one_server(workspace: Path) -> None:
     """`dvc exp run` starts a process for each stage; all share one Prefect server, which ends."""
     before = contents(workspace)
+    data_file = (workspace / "data.dvc").read_text()
     metrics = run_program("dvc", "metrics", "show", "--json", cwd=workspace)
     assert json.loads(metrics.stdout)[""]["data"]["artifacts/evaluation/metrics.json"]
     done = run_program(
@@ -199,6 +200,7 @@ def test_an_experiment_runs_only_its_stages_against_one_server(workspace: Path) 
         before["artifacts/evaluation/intervals.json"]
         != after["artifacts/evaluation/intervals.json"]
     )
+    assert (workspace / "data.dvc").read_text() == data_file
     status = run_program("dvc", "status", "--json", cwd=workspace)
     assert json.loads(status.stdout) == {}
     plots = run_program("dvc", "plots", "show", cwd=workspace)
