@@ -15,6 +15,7 @@ from flows import server
 from opnp import parameters
 from opnp.errors import InputError, UnavailableError
 from opnp.files import write_json
+from opnp.progress import track
 
 __all__ = [
     "collect",
@@ -49,8 +50,6 @@ def unless_bad_input(task: Any, run: Any, state: Any) -> bool:
 
 def collect(futures: Iterable[Any], description: str, total: int) -> Iterator[Any]:
     """The results of mapped tasks in order, showing how many are done."""
-    from opnp.progress import track
-
     for future in track(futures, description, total):
         yield future.result()
 

@@ -21,13 +21,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from opnp import artifacts, backbones, datasets, energy, proxies, sources, tensors, training
 from opnp import features as shards
 from opnp import sensitivity as sensitivity_module
 from opnp.datasets import ImageSet, Manifest, data_file, read_manifest
-from opnp.energy import logits
 from opnp.errors import InputError
 from opnp.features import Shard
 from opnp.files import atomic, digest, read_json, write_json
@@ -694,7 +693,7 @@ def evaluate(parameters: Parameters) -> dict[str, Any]:
             name: spans(metrics.calibration_intervals(f, labels, resamples, parameters.seed))
             for name, f in id_logits.items()
         }
-    write_scores(scores, {"test": h, **ood}, labels, model)
+    write_scores(scores, {"test": h, **ood}, labels, head)
     write_roc(scores, names)
     write_json(artifacts.INTERVALS, {"detectors": intervals, "id": id_intervals})
     write_json(
@@ -743,7 +742,7 @@ def write_scores(
     scores: dict[str, dict[str, Tensor]],
     split_features: dict[str, Tensor],
     labels: Tensor,
-    model: backbones.Classifier,
+    head: nn.Linear,
 ) -> None:
     """One row for each test sample: its set, index, label, predicted class and outlier scores."""
     columns: dict[str, Any] = {"set": [], "index": [], "label": [], "prediction": []}
@@ -752,9 +751,7 @@ def write_scores(
         columns["set"] += [split] * n
         columns["index"] += range(n)
         columns["label"] += labels.tolist() if split == "test" else [-1] * n
-        columns["prediction"] += (
-            logits(h, model.head.weight, model.head.bias).argmax(dim=1).tolist()
-        )
+        columns["prediction"] += head(h).argmax(dim=1).tolist()
     for name, by_set in scores.items():
         columns[name] = torch.cat([by_set[split] for split in split_features]).numpy()
     write_table(artifacts.SCORES, pa.table(columns))
