@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flows import server, versions
 from flows.stage import hide_input_errors, timed
-from opnp import artifacts, parameters, tracking
+from opnp import artifacts, parameters, stages, tracking
 from opnp.errors import InputError
 from opnp.files import digest, read_json
 from opnp.parameters import Parameters
@@ -22,7 +22,7 @@ STAGES = ("fetch", "train", "features", "sensitivity", "search", "evaluate", "re
 def outdated(stage: str, chosen: Parameters) -> bool:
     """Whether a stage has to run, as DVC sees it."""
     if stage == "fetch":
-        return versions.data_changed(chosen.data.model_dump())
+        return versions.data_changed(stages.data_parameters(chosen))
     return versions.changed(stage) or (stage == "train" and checkpoint_changed(chosen))
 
 
@@ -76,26 +76,44 @@ def pipeline() -> None:
 
 def summarize() -> None:
     """Print the comparison and where to find everything."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    metrics = read_json(artifacts.METRICS, "python -m flows.evaluate")
-    rows = metrics["detectors"]
-    columns = list(next(iter(rows.values())))
-    table = Table(title="FPR95 in %, lower is better (mean AUROC beside it)")
-    for column in ("detector", *columns, "AUROC"):
-        left = column == "detector"
-        table.add_column(column, justify="left" if left else "right", no_wrap=left, overflow="fold")
-    for name, by_set in rows.items():
-        cells = []
-        for column in columns:
-            value = by_set[column]["fpr95"]
-            best = value == min(other[column]["fpr95"] for other in rows.values())
-            cells.append(f"[bold]{value:.1f}[/bold]" if best else f"{value:.1f}")
-        table.add_row(name, *cells, f"{by_set['mean']['auroc']:.1f}")
-    console, uri = Console(), tracking.tracking_uri()
+    from opnp import tables
+
+    detectors = read_json(artifacts.METRICS, "python -m flows.evaluate")["detectors"]
+    evaluation = read_json(artifacts.EVALUATION, "python -m flows.evaluate")
+    kinds = {name: entry["kind"] for name, entry in evaluation["sets"].items()}
+    console, uri, ranks = Console(), tracking.tracking_uri(), evaluation["ranks"]
+
+    def comparison(columns: list[str]) -> Table:
+        table = Table(title="FPR95 in %, lower is better", title_justify="left", box=SIMPLE_HEAD)
+        table.add_column("detector", no_wrap=True)
+        for column in (*columns, "mean rank", "mean AUROC"):
+            table.add_column(column, justify="right", overflow="fold", min_width=5)
+        for name in tables.ranked(detectors, ranks):
+            by = detectors[name]
+            cells = []
+            for column in columns:
+                value = by[column]["fpr95"]
+                best = value == min(other[column]["fpr95"] for other in detectors.values())
+                cells.append(Text(f"{value:.1f}", "bold" if best else ""))
+            table.add_row(name, *cells, f"{ranks[name]['mean']:.1f}", f"{by['mean']['auroc']:.1f}")
+        return table
+
+    whole = tables.columns(kinds)
+    shown = comparison(whole)
+    # Sets that do not fit are in the report; the means always are here.
+    border, fixed = 3, max(map(len, detectors)) + 4
+    if fixed + (5 + border) * (len(whole) + 2) > console.width:
+        shown = comparison([column for column in whole if column not in kinds])
+    console.print(shown)
+    for name, reason in evaluation["unavailable"].items():
+        told = Text(f"not compared: {name}: {' '.join(reason.split())}")
+        console.print(told, soft_wrap=True)
     look = f"mlflow ui --backend-store-uri {uri}"
-    console.print(table)
     for what, where in (
         ("report", artifacts.REPORT),
         ("mask", artifacts.MASK),

@@ -1,102 +1,231 @@
-"""OOD detectors on the same features, each tuned on the same proxies.
+"""OOD detectors on the same samples, each tuned by the same rule, alone or on a pruned model.
 
-Adding a detector is one line in `DETECTORS`: any pytorch-ood detector of logits, features or
-feature maps runs here, on cached features, through the three functions below.
+A detector tries combinations of its hyperparameters, each judged by the mean FPR95 over the outlier
+sets, AUROC breaking ties. ``opnp+X`` is the detector X on a model that is pruned by the sensitivity
+of the features which X hands to the head.
 """
 
-from collections.abc import Callable, Mapping
-from functools import partial
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from pytorch_ood.api import Detector, FeatureMapsDetector, FeaturesDetector, LogitsDetector
-from pytorch_ood.detector import DICE, EnergyBased, MaxLogit, MaxSoftmax, ReAct
-from torch import Tensor, nn
+from pytorch_ood.api import Detector, LogitsDetector
+from torch import Tensor
 
+from opnp import baselines
+from opnp.baselines import Samples, TrainedModel
 from opnp.energy import bias_of
-from opnp.errors import InputError
+from opnp.errors import InputError, UnavailableError
+from opnp.masks import PruningMask
 from opnp.metrics import fpr95_auroc
+from opnp.search import Candidate
+from opnp.sensitivity import SensitivitySums
 
-__all__ = ["DETECTORS", "fit", "score", "tune"]
+__all__ = ["Tuned", "tune"]
 
-BATCH = 1024  # samples scored at once: DICE holds (BATCH, K, L) numbers
+COMBINED = "opnp+"
 
-DETECTORS: dict[str, Callable[[nn.Linear, float], Detector]] = {
-    "msp": lambda head, t: MaxSoftmax(None, t=t),
-    "maxlogit": lambda head, t: MaxLogit(None),
-    "energy": lambda head, t: EnergyBased(None, t=t),
-    "react": lambda head, t: ReAct(nn.Identity(), head, detector=partial(EnergyBased.score, t=t)),
-    "dice": lambda head, t: DICE(
-        None, head.weight, bias_of(head), p=0.9, detector=partial(EnergyBased.score, t=t)
-    ),
-}
-"""Detectors by name, made from a head (K, L) and the temperature of the energy."""
+Option = TypeVar("Option")
 
 
-def fit(detector: Detector, features: Tensor, labels: Tensor) -> None:
-    """Fit a detector on training features (N, L) and labels (N,), if it needs to be."""
-    if not detector.requires_fit:
-        return
-    if isinstance(detector, FeaturesDetector):
-        detector.fit_features(features, labels)
-    elif isinstance(detector, FeatureMapsDetector):
-        detector.fit_feature_maps(features, labels)
-    else:
-        raise InputError(f"{type(detector).__name__} cannot be fitted on penultimate features.")
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """A detector fitted with the values that were chosen for it.
 
+    Attributes:
+        detector: fitted on the training samples.
+        model: the one it is fitted for, pruned if there is a mask.
+        mask: of ``opnp+X``; None if pruning nothing was the best, and for X alone.
+        hyperparameters: by name; of ``opnp+X`` also ``weights_low``, ``weights_high``,
+            ``neurons_low``, ``neurons_high`` and ``neuron_sensitivity``.
+        fit_seconds: to fit once with these values; with a mask also to measure the sensitivity.
+        fpr95: mean over the outlier sets, in percent; what it was chosen by.
+        auroc: mean over the outlier sets, in percent; what broke ties.
+        trials: number of combinations tried.
+    """
 
-@torch.no_grad()
-def score(detector: Detector, head: nn.Linear, features: Tensor) -> Tensor:
-    """Outlier scores (N,), larger = OOD, of features (N, L)."""
-    if isinstance(detector, FeaturesDetector):
-        predict = detector.predict_features
-    elif isinstance(detector, FeatureMapsDetector):
-        predict = detector.predict_feature_maps
-    elif isinstance(detector, LogitsDetector):
-        logits_detector = detector
+    detector: Detector
+    model: TrainedModel
+    mask: PruningMask | None
+    hyperparameters: dict[str, Any]
+    fit_seconds: float
+    fpr95: float = float("nan")
+    auroc: float = float("nan")
+    trials: int = 1
 
-        def predict(x: Tensor) -> Tensor:
-            return logits_detector.predict_logits(head(x))
+    def score(self, samples: Samples) -> Tensor:
+        """Outlier scores (N,), float64, larger = OOD, of samples of the unpruned model.
 
-    else:
-        raise InputError(f"{type(detector).__name__} cannot score penultimate features.")
-    return torch.cat([predict(batch).double() for batch in features.split(BATCH)])
+        Raises:
+            UnavailableError: the detector cannot score these samples.
+        """
+        seen = samples if self.mask is None else samples.pruned(self.mask)
+        return baselines.score(self.detector, self.model, seen)
 
 
 def tune(
-    detector: Detector,
-    head: nn.Linear,
-    train: tuple[Tensor, Tensor],
-    id_features: Tensor,
-    outliers: Mapping[str, Tensor],
-) -> dict[str, Any]:
-    """Choose a detector's hyperparameters as the mask search chooses percentages, and fit it.
+    name: str,
+    model: TrainedModel,
+    train: Samples,
+    validation: Samples,
+    outliers: Mapping[str, Samples],
+    *,
+    budget: int,
+    seed: int,
+    candidates: Sequence[Candidate] = (),
+) -> Tuned:
+    """Choose a detector's hyperparameters, and for ``opnp+X`` a mask, and fit it with them.
 
-    Each combination of its ``hyperparameter_space`` is judged by the mean FPR95 over the outlier
-    sets, AUROC breaking ties.
+    X tries its default values and, of all combinations of its ``hyperparameter_space``, as many as
+    the budget allows, drawn by ``seed``. ``opnp+X`` spends half the budget so, and what is left on
+    masks with the best values of X; it may prune nothing, so that on the outlier sets it is never
+    worse than these. Combinations that cannot run are skipped.
 
     Args:
-        detector: left fitted with the chosen values.
-        head: of the classifier.
-        train: training features (N, L) and labels (N,).
-        id_features: ID validation features (N, L).
-        outliers: features of each outlier set (N_i, L).
+        name: a key of `opnp.baselines.DETECTORS`, or ``opnp+`` and such a key.
+        model: left as it is.
+        train: training samples with labels.
+        validation: ID validation samples.
+        outliers: of each outlier set. A detector of images holds those of all sets in memory.
+        budget: combinations to try at most.
+        seed: of the draws.
+        candidates: what ``opnp+X`` may prune.
 
-    Returns:
-        The chosen values by name; empty for a detector without hyperparameters.
+    Raises:
+        InputError: there is no such detector, no outlier set, or the budget is not positive.
+        UnavailableError: the detector cannot run on this model or these samples.
     """
-    space = detector.hyperparameter_space
-    sizes = [len(features) for features in outliers.values()]
-    ranked: list[tuple[float, float, dict[str, Any]]] = []
-    for values in product(*space.values()) if space else ():
-        chosen = dict(zip(space, values, strict=True))
-        detector.set_hyperparameters(**chosen)
-        fit(detector, *train)
-        ood = torch.cat([score(detector, head, features) for features in outliers.values()])
-        fpr95, auroc = fpr95_auroc(score(detector, head, id_features), ood, sizes)
-        ranked.append((round(float(fpr95.mean()), 9), -round(float(auroc.mean()), 9), chosen))
-    best = min(ranked, key=lambda entry: entry[:2])[2] if ranked else {}
-    detector.set_hyperparameters(**best)
-    fit(detector, *train)
-    return best
+    alone = name.removeprefix(COMBINED)
+    combined = alone != name
+    make = baselines.by_name(alone)
+    if not outliers or budget < 1:
+        raise InputError("Tuning needs at least one outlier set and a budget of one or more.")
+    default = make(model)
+    train, validation, *others = (
+        shared(samples, default, model) for samples in (train, validation, *outliers.values())
+    )
+    contest = Contest(make, model, train, validation, others)
+
+    defaults, space = default.get_hyperparameters(), default.hyperparameter_space
+    settings = [dict(zip(space, values, strict=True)) for values in product(*space.values())]
+    settings = [defaults, *(values for values in settings if values != defaults)]
+    for values in drawn(settings, max(1, budget // 2) if combined else budget, seed):
+        contest.enter(values, Candidate().record() if combined else {})
+
+    if combined:
+        best, start = contest.winner(), time.perf_counter()
+        seen = baselines.features_seen(best.detector, model, train)
+        sums = SensitivitySums.of(seen, model.head.weight, bias_of(model.head), model.temperature)
+        sensitivity = sums.mean()
+        before = best.fit_seconds + time.perf_counter() - start
+        chosen = best.detector.get_hyperparameters()
+        pruning = [each for each in candidates if any((*each.weights, *each.neurons))]
+        # The first candidate, which prunes nothing, is the best so far: it has been tried.
+        for each in drawn([Candidate(), *pruning], 1 + budget - contest.trials, seed)[1:]:
+            contest.enter(chosen, each.record(), each.mask(sensitivity), before)
+    return replace(contest.winner(), trials=contest.trials)
+
+
+class Contest:
+    """Fits a detector with one combination after another, and keeps the best."""
+
+    def __init__(
+        self,
+        make: Callable[[TrainedModel], Detector],
+        model: TrainedModel,
+        train: Samples,
+        validation: Samples,
+        outliers: Sequence[Samples],
+    ):
+        self.make = make
+        self.model = model
+        self.train = train
+        self.validation = validation
+        self.outliers = outliers
+        self.trials = 0
+        self.best: Tuned | None = None
+        self.reason: UnavailableError | None = None
+
+    def enter(
+        self,
+        values: dict[str, Any],
+        pruned: dict[str, Any],
+        mask: PruningMask | None = None,
+        seconds: float = 0.0,
+    ) -> None:
+        """Try the detector's ``values`` and a mask.
+
+        Args:
+            values: hyperparameters of the detector.
+            pruned: hyperparameters of the mask.
+            mask: what to prune.
+            seconds: what the mask has taken.
+        """
+        self.trials += 1
+        try:
+            entry = self.judged(values, pruned, mask, seconds)
+        except UnavailableError as error:
+            self.reason = self.reason or error
+            return
+        if self.best is None or rank(entry) < rank(self.best):
+            self.best = entry
+
+    def judged(
+        self,
+        values: dict[str, Any],
+        pruned: dict[str, Any],
+        mask: PruningMask | None,
+        seconds: float,
+    ) -> Tuned:
+        start = time.perf_counter()
+        model = self.model if mask is None else self.model.pruned(mask)
+        detector = self.make(model).set_hyperparameters(**values)
+        if detector.requires_fit:
+            baselines.fit(detector, model, self.train if mask is None else self.train.pruned(mask))
+        seconds += time.perf_counter() - start
+        # After fitting, for ViM lowers its dimension to what the features allow.
+        entry = Tuned(detector, model, mask, detector.get_hyperparameters() | pruned, seconds)
+        fpr95, auroc = fpr95_auroc(
+            entry.score(self.validation),
+            torch.cat([entry.score(samples) for samples in self.outliers]),
+            [len(samples.features) for samples in self.outliers],
+        )
+        return replace(entry, fpr95=float(fpr95.mean()), auroc=float(auroc.mean()))
+
+    def winner(self) -> Tuned:
+        """The best so far.
+
+        Raises:
+            UnavailableError: no combination could run.
+        """
+        if self.best is None:
+            assert self.reason is not None
+            raise self.reason
+        return self.best
+
+
+def rank(entry: Tuned) -> tuple[float, float]:
+    return round(entry.fpr95, 9), -round(entry.auroc, 9)
+
+
+def shared(samples: Samples, detector: Detector, model: TrainedModel) -> Samples:
+    """The samples with what all combinations share: images read once, logits computed once."""
+    return replace(
+        samples,
+        images=samples.images and cache(samples.images),
+        logits=baselines.logits_of(model, samples)
+        if isinstance(detector, LogitsDetector)
+        else None,
+    )
+
+
+def drawn(options: Sequence[Option], count: int, seed: int) -> list[Option]:
+    """The first option and as many others as ``count`` allows, in their order."""
+    first, *others = options
+    places = random.Random(seed).sample(range(len(others)), min(count - 1, len(others)))
+    return [first, *(others[place] for place in sorted(places))]

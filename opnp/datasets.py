@@ -31,7 +31,8 @@ class ImageSet:
     """One set of images as the manifest records it.
 
     Attributes:
-        role: ``train``, ``validation``, ``test``, ``near`` (OOD) or ``far`` (OOD).
+        role: ``train``, ``validation``, ``test``, ``near`` or ``far`` (OOD test sets), or
+            ``outliers`` (OOD sets for the mask search).
         source: where the images came from.
         count: number of images.
         classes: images of each class, by name; empty for OOD.
@@ -50,9 +51,10 @@ class Manifest:
     """What is in `data/`.
 
     Attributes:
-        parameters: the section ``data`` that the sets were made with.
+        parameters: the section ``data`` that the sets were made with, and ``outliers``, if any.
         classes: names of the K known classes, in the order of their labels.
-        sets: by name; an OOD set's name starts with ``ood/``.
+        sets: by name; an OOD test set's name starts with ``ood/``, an outlier set's for the mask
+            search with ``outliers/``.
     """
 
     parameters: dict[str, Any]
@@ -61,7 +63,7 @@ class Manifest:
 
     @property
     def ood(self) -> dict[str, ImageSet]:
-        """The OOD sets, by name without ``ood/``."""
+        """The OOD test sets, by name without ``ood/``."""
         return {
             name.removeprefix("ood/"): entry
             for name, entry in self.sets.items()

@@ -13,7 +13,7 @@ from opnp import tensors
 from opnp.energy import bias_of, linear_head
 from opnp.errors import InputError
 
-__all__ = ["Percentages", "PruningMask", "check_percentages", "keep"]
+__all__ = ["Percentages", "PruningMask", "check_percentages", "keep", "pruned_count"]
 
 Percentages = tuple[float, float]
 """(low, high): the percentage with the lowest and with the highest sensitivity to prune."""
@@ -33,6 +33,12 @@ def check_percentages(name: str, percentages: Percentages) -> None:
         )
 
 
+def pruned_count(n: int, percentage: float) -> int:
+    """How many of ``n`` weights or neurons a percentage prunes, rounded half up."""
+    # A fraction of the decimal that was written: 9.2 % of 375 is 34.5, which floats put below.
+    return floor(n * Fraction(str(percentage)) / 100 + Fraction(1, 2))
+
+
 def keep(sensitivity: Tensor, percentages: Percentages) -> Tensor:
     """True where the sensitivity is neither among the lowest nor among the highest.
 
@@ -47,8 +53,7 @@ def keep(sensitivity: Tensor, percentages: Percentages) -> Tensor:
         Boolean tensor of the same shape.
     """
     n = sensitivity.numel()
-    # Fractions of the decimal that was written: 9.2 % of 375 is 34.5, which floats put below.
-    low, high = (floor(n * Fraction(str(p)) / 100 + Fraction(1, 2)) for p in percentages)
+    low, high = (pruned_count(n, percentage) for percentage in percentages)
     order = torch.argsort(sensitivity.flatten(), stable=True)
     kept = torch.zeros(n, dtype=torch.bool, device=sensitivity.device)
     kept[order[low : n - high]] = True

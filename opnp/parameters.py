@@ -16,6 +16,14 @@ __all__ = ["Parameters", "load"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 Percentage = Annotated[float, Field(ge=0, lt=100)]
 Positive = Annotated[int, Field(gt=0)]
+METHODS = ("opp", "onp", "opnp")
+DETECTORS = (
+    *METHODS, "msp", "maxlogit", "energy", "gen", "klmatching", "react", "dice", "ash", "scale",
+    "vra", "she", "knn", "mahalanobis", "rmd", "vim", "gmm", "fdbd", "nci", "nnguide", "lts",
+    "openmax", "nero", "odin", "gradnorm", "rankfeat", "nac",
+)  # fmt: skip
+"""The detectors of `opnp.baselines`, whose import would cost every command 20 seconds."""
+
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -45,7 +53,7 @@ class Data(Section):
             raise ValueError("name at least one OOD set in near or far")
         if twice := set(self.near) & set(self.far):
             raise ValueError(f"{', '.join(sorted(twice))} is both near and far: rename one")
-        if taken := {"mean", "test"} & {*self.near, *self.far}:
+        if taken := {"mean", "near", "far", "test"} & {*self.near, *self.far}:
             raise ValueError(f"{', '.join(sorted(taken))} is a reserved name: rename the OOD set")
         if not self.held_out and "held-out" in (*self.near.values(), *self.far.values()):
             raise ValueError("the source held-out needs classes in held_out")
@@ -57,12 +65,15 @@ class Data(Section):
 class Train(Section):
     """The backbone: trained here, or loaded from ``checkpoint``."""
 
-    backbone: Literal["resnet"] = "resnet"
+    backbone: Literal["resnet", "convnext", "vit"] = "resnet"
     width: Positive = 32
     depth: Positive = 1
     checkpoint: str | None = None
     epochs: Positive = 15
     batch_size: Positive = 64
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    spcp: Annotated[float, Field(gt=0, lt=100)] | None = None
     learning_rate: Annotated[float, Field(gt=0)] = 0.1
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     shift_pixels: Annotated[int, Field(ge=0)] = 1
@@ -91,8 +102,12 @@ class Search(Section):
     neurons_low: list[Percentage]
     neurons_high: list[Percentage]
     neuron_sensitivity: Annotated[list[Literal["mean", "gradient", "taylor"]], Field(min_length=1)]
+    clip: list[Annotated[float, Field(gt=0, lt=100)] | None] = [None]
+    temperature: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1)] = [1.0]
     max_accuracy_drop: Annotated[float, Field(ge=0)] = 1.0
-    proxies: Annotated[list[str], Field(min_length=1)]
+    proxies: list[str]
+    outliers: dict[Name, str] = {}
+    bootstrap: Annotated[int, Field(ge=2)] = 200
 
     @model_validator(mode="after")
     def consistent(self) -> Self:
@@ -105,6 +120,15 @@ class Search(Section):
                     f"{what}_low {max(low):g} and {what}_high {max(high):g} together prune "
                     "100 % or more"
                 )
+        if None not in self.clip:
+            raise ValueError("clip must hold null: OPP, ONP and OPNP do not clip")
+        for what in ("clip", "temperature"):
+            if len(set(getattr(self, what))) < len(getattr(self, what)):
+                raise ValueError(f"{what} holds a value twice")
+        if not self.proxies and not self.outliers:
+            raise ValueError("name at least one proxy in proxies, or a set in outliers")
+        if taken := set(self.proxies) & set(self.outliers):
+            raise ValueError(f"outliers: {', '.join(sorted(taken))} is a proxy's name: rename it")
         # Known here, though proxies are made much later: a misspelt one must not cost a training.
         from opnp.proxies import FAMILIES
 
@@ -116,13 +140,24 @@ class Search(Section):
 
 
 class Evaluate(Section):
-    """What is compared on the test sets."""
+    """What is compared on the test sets, and how much each detector may try before."""
 
-    detectors: Annotated[
-        list[Literal["msp", "maxlogit", "energy", "react", "dice", "opp", "onp", "opnp"]],
-        Field(min_length=1),
-    ]
+    detectors: Annotated[list[str], Field(min_length=1)]
+    budget: Positive = 40
+    tuning_samples: Positive = 1000
+    training_images: Positive = 5000
     bootstrap: Positive = 1000
+
+    @model_validator(mode="after")
+    def consistent(self) -> Self:
+        for name in self.detectors:
+            alone = name.removeprefix("opnp+")
+            if alone not in DETECTORS or (alone in METHODS and alone != name):
+                near = get_close_matches(alone, DETECTORS, 1) or list(DETECTORS)
+                raise ValueError(f"there is no detector {name!r}; did you mean {', '.join(near)}?")
+        if len(set(self.detectors)) < len(self.detectors):
+            raise ValueError("detectors holds a name twice")
+        return self
 
 
 class Parameters(Section):
@@ -138,6 +173,13 @@ class Parameters(Section):
 
     @model_validator(mode="after")
     def consistent(self) -> Self:
+        tested = {*self.data.near.values(), *self.data.far.values()}
+        for name, source in self.search.outliers.items():
+            if source in tested:
+                raise ValueError(
+                    f"search.outliers: {name} is of {source}, which is a test set as well: the "
+                    "search must not see it"
+                )
         for family in self.search.proxies:
             grid = int(family.removeprefix("jigsaw-")) if family.startswith("jigsaw-") else 1
             if grid > self.data.image_size:

@@ -18,39 +18,40 @@ import yaml
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
-from matplotlib.colors import Normalize, to_hex
+from matplotlib.colors import LinearSegmentedColormap, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from pyarrow import ArrowException
 
-from opnp import artifacts, tensors
+from opnp import artifacts, tables, tensors
 from opnp.errors import InputError
 from opnp.files import digest, read_json
 from opnp.metrics import METRICS, tpr_at_fpr
 from opnp.parameters import Parameters
 from opnp.sensitivity import NeuronSensitivity
+from opnp.tables import detector_name
 
 __all__ = ["render"]
 
 Array = NDArray[Any]
 
 CANDIDATE = ("weights_low", "weights_high", "neurons_low", "neurons_high", "neuron_sensitivity")
+METHODS = ("opp", "onp", "opnp", "opnp+react")  # for which the search chooses a mask
+TIMES = ("fit", "score")
 
-# Okabe and Ito's colours, which differ for every kind of colour vision; grey stands for their
-# yellow, too pale for a line on white. OPNP is dashed and drawn last: it may equal ONP or OPP.
-BLUE, VERMILLION, ORANGE = "#0072B2", "#D55E00", "#E69F00"
-STYLES: dict[str, tuple[str, str, str]] = {
-    "msp": ("MSP", "#767676", "dotted"),
-    "maxlogit": ("MaxLogit", "#56B4E9", "dashed"),
-    "energy": ("Energy", BLUE, "solid"),
-    "react": ("ReAct", "#009E73", "solid"),
-    "dice": ("DICE", "#CC79A7", "dashdot"),
-    "opp": ("OPP", ORANGE, "solid"),
-    "onp": ("ONP", "#000000", "solid"),
-    "opnp": ("OPNP", VERMILLION, "dashed"),
+# Okabe and Ito's colours, which differ for every kind of colour vision, but for their yellow, too
+# pale for a line on white. OPNP is dashed: it may equal ONP or OPP.
+BLUE, VERMILLION, ORANGE, GREEN, PURPLE, BLACK = (
+    "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#000000",
+)  # fmt: skip
+STYLES: dict[str, tuple[str, str]] = {
+    "energy": (BLUE, "solid"),
+    "opp": (ORANGE, "solid"),
+    "onp": (BLACK, "solid"),
+    "opnp": (VERMILLION, "dashed"),
 }
-CUT: dict[str, Any] = {"color": "#000000", "linestyle": "dashed", "linewidth": 1.2}
+CUT: dict[str, Any] = {"color": BLACK, "linestyle": "dashed", "linewidth": 1.2}
 
 STYLE: dict[Any, Any] = {
     "axes.axisbelow": True,
@@ -82,7 +83,14 @@ def render(parameters: Parameters) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "prunes": prunes, "span": span, "name": detector_name}
+    environment.filters |= {
+        "chosen": chosen_values,
+        "name": detector_name,
+        "number": number,
+        "prunes": prunes,
+        "span": span,
+    }
+    environment.tests["ours"] = tables.ours
     template = environment.from_string(
         files("opnp").joinpath("report.html.jinja").read_text(encoding="utf-8")
     )
@@ -95,10 +103,12 @@ def render(parameters: Parameters) -> str:
             pruning=pruning,
             evaluation=evaluation,
             outcome=outcome(pruning, evaluation),
+            comparisons={metric: comparison(evaluation, metric) for metric in ("fpr95", "auroc")},
             best={metric: best(evaluation, metric) for metric in METRICS},
             histograms=histograms(evaluation),
             rocs=roc_curves(evaluation),
             sensitivities=sensitivities(pruning),
+            tradeoff=tradeoff(parameters, pruning),
             heat_maps=heat_maps(parameters, pruning),
             curves=training_curves(backbone.history),
             yaml=yaml.safe_dump(
@@ -122,14 +132,18 @@ class Backbone:
 
 @dataclass(frozen=True)
 class Pruning:
-    """Sensitivities, all trials of the search, and the mask it chose."""
+    """Sensitivities, all trials of the search, what it chose for each method, and OPNP's mask."""
 
     sensitivity: dict[str, Array]
-    samples: int
     search: dict[str, Any]
-    chosen: dict[str, Any]
+    methods: dict[str, dict[str, Any]]
     trials: dict[str, Array]
     mask: dict[str, Array]
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """What OPNP prunes, which the saved mask does."""
+        return self.methods["opnp"]
 
     @property
     def zero(self) -> float:
@@ -139,13 +153,25 @@ class Pruning:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Everything measured on the test sets; detectors are in the order of the parameters."""
+    """Everything measured on the test sets.
+
+    Attributes:
+        table: metrics by detector and column, detectors in the order of the parameters.
+        unavailable: why each of the other detectors could not run.
+        oracle: of a method, what a mask chosen on the test sets themselves would reach.
+        times: of each detector, where they have been measured.
+    """
 
     table: dict[str, dict[str, dict[str, float]]]
     intervals: dict[str, dict[str, dict[str, dict[str, float]]]]
     calibration: dict[str, dict[str, float]]
     id_intervals: dict[str, dict[str, dict[str, float]]]
     hyperparameters: dict[str, dict[str, Any]]
+    trials: dict[str, int]
+    ranks: dict[str, dict[str, float]]
+    unavailable: dict[str, str]
+    oracle: dict[str, dict[str, Any]]
+    times: dict[str, dict[str, float]]
     sets: dict[str, dict[str, Any]]
     id_count: int
     scores: dict[str, dict[str, Array]]
@@ -159,6 +185,10 @@ class Evaluation:
             for kind in ("near", "far")
         }
         return {kind: names for kind, names in groups.items() if names}
+
+    @property
+    def columns(self) -> list[str]:
+        return tables.columns({name: entry["kind"] for name, entry in self.sets.items()})
 
     @property
     def before_after(self) -> list[str]:
@@ -195,13 +225,15 @@ def read_columns(path: Path, command: str, columns: Sequence[str]) -> dict[str, 
         return {name: np.array([float(row[name]) for row in rows]) for name in columns}
 
 
-def read_tensors(path: Path, command: str, backbone: str) -> tuple[dict[str, Array], int]:
-    """Arrays, and the count of samples if any, of a file made for the backbone of this SHA-256."""
+def read_tensors(
+    path: Path, command: str, backbone: str
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Arrays, and what is said of them, of a file made for the backbone of this SHA-256."""
     with reading(path, command):
         found, metadata = tensors.load(path, f"run `{command}`")
         if metadata["backbone"] != backbone:
             raise InputError(f"{path} is of another backbone: run `{command}` again.")
-        return {name: tensor.numpy() for name, tensor in found.items()}, metadata.get("count", 0)
+        return {name: tensor.numpy() for name, tensor in found.items()}, metadata
 
 
 def read_backbone() -> Backbone:
@@ -215,33 +247,53 @@ def read_backbone() -> Backbone:
 
 def read_pruning(backbone: str) -> Pruning:
     measure, search = "python -m flows.sensitivity", "python -m flows.search"
-    arrays, samples = read_tensors(artifacts.SENSITIVITY, measure, backbone)
-    with reading(artifacts.SENSITIVITY, measure):
-        kinds = [f"neurons_{kind}" for kind in get_args(NeuronSensitivity)]
-        sensitivity = select(arrays, ["weights", *kinds])
     arrays, _ = read_tensors(artifacts.MASK, search, backbone)
     with reading(artifacts.MASK, search):
         mask = {name: arrays[name].astype(bool) for name in ("weights", "neurons")}
     with reading(artifacts.SEARCH, search):
         found = read_json(artifacts.SEARCH, search)
-        chosen = select(found["opnp"], (*CANDIDATE, "fpr95", "accuracy"))
-        record = select(found, ("candidates", "outliers", "validation_samples", "unpruned"))
+        keys = (*CANDIDATE, "clip", "threshold", "temperature", "fpr95", "auroc", "accuracy")
+        found_by = ("interval", "within_noise", "instability")
+        methods = {method: select(found[method], (*keys, *found_by)) for method in METHODS}
+        for chosen in methods.values():
+            select(chosen["interval"], ("low", "high"))
+        counts = ("candidates", "validation_samples", "training_samples")
+        record = select(found, (*counts, "proxies", "outliers"))
+        record["unpruned"] = select(found["unpruned"], ("fpr95", "accuracy"))
+    arrays, metadata = read_tensors(artifacts.SENSITIVITY, measure, backbone)
+    with reading(artifacts.SENSITIVITY, measure):
+        # Sums over either half of the training samples, for each clip and temperature.
+        wanted = (None, methods["opnp"]["temperature"])
+        settings = [(each["clip"], each["temperature"]) for each in metadata["settings"]]
+        place = settings.index(wanted)
+        count = sum(metadata["counts"][2 * place : 2 * place + 2])
+        sensitivity = {
+            name: (arrays[f"{place}/0/{name}"] + arrays[f"{place}/1/{name}"]) / count
+            for name in ("weights", *(f"neurons_{kind}" for kind in get_args(NeuronSensitivity)))
+        }
     with reading(artifacts.TRIALS, search):
-        table = pq.read_table(artifacts.TRIALS, columns=list(chosen))
-        trials = {name: table[name].to_numpy() for name in chosen}
-    return Pruning(sensitivity, samples, record, chosen, trials, mask)
+        columns = (*CANDIDATE, "clip", "fpr95", "accuracy")
+        table = pq.read_table(artifacts.TRIALS, columns=list(columns))
+        trials = {name: table[name].to_numpy() for name in columns if name != "clip"}
+        trials["clips"] = ~table["clip"].is_null().to_numpy()
+    return Pruning(sensitivity, record, methods, trials, mask)
 
 
 def read_evaluation(parameters: Parameters, pruning: Pruning) -> Evaluation:
-    command, names = "python -m flows.evaluate", list[str](parameters.evaluate.detectors)
+    command = "python -m flows.evaluate"
     with reading(artifacts.EVALUATION, command):
         record = read_json(artifacts.EVALUATION, command)
         sets = select(record["sets"], record["sets"], ("kind", "count"))
-        tuned = select(record["hyperparameters"], names)
+        wanted = list[str](parameters.evaluate.detectors)
+        unavailable = {n: reason for n, reason in record["unavailable"].items() if n in wanted}
+        names = [name for name in wanted if name not in unavailable]
+        tuned, trials = (select(record[key], names) for key in ("hyperparameters", "trials"))
+        ranks = select(record["ranks"], names, (*sets, "mean"))
+        oracle = select(record["oracle"], record["oracle"], (*CANDIDATE, "fpr95", "kept"))
         id_count = record["id_test_samples"]
         if "opnp" in tuned and any(tuned["opnp"][key] != pruning.chosen[key] for key in CANDIDATE):
             raise InputError(f"{artifacts.EVALUATION} is of another mask: run `{command}` again.")
-    shown = (*sets, "mean")
+    shown = tables.columns({name: entry["kind"] for name, entry in sets.items()})
     with reading(artifacts.METRICS, command):
         found = read_json(artifacts.METRICS, command)
         table = select(found["detectors"], names, shown, METRICS)
@@ -262,8 +314,31 @@ def read_evaluation(parameters: Parameters, pruning: Pruning) -> Evaluation:
             raise LookupError(f"no scores of {min(missing)}")
     roc = read_columns(artifacts.ROC, command, ("fpr", *names))
     return Evaluation(
-        table, intervals, calibration, id_intervals, tuned, sets, id_count, scores, roc
+        table=table,
+        intervals=intervals,
+        calibration=calibration,
+        id_intervals=id_intervals,
+        hyperparameters=tuned,
+        trials=trials,
+        ranks=ranks,
+        unavailable=unavailable,
+        oracle=oracle,
+        times=read_times(names),
+        sets=sets,
+        id_count=id_count,
+        scores=scores,
+        roc=roc,
     )
+
+
+def read_times(names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Seconds and milliseconds of the detectors; none where they were not measured here."""
+    if not artifacts.TIMES.is_file():
+        return {}
+    command = "python -m flows.evaluate"
+    with reading(artifacts.TIMES, command):
+        found = read_json(artifacts.TIMES, command)
+        return {name: select(found[name], TIMES) for name in names if name in found}
 
 
 def read_hashes(backbone: Backbone) -> dict[str, str]:
@@ -287,10 +362,6 @@ def span(interval: Mapping[str, float], digits: int = 1) -> str:
     return f"{number(interval['low'], digits)}–{number(interval['high'], digits)}"
 
 
-def detector_name(name: str) -> str:
-    return STYLES[name][0] if name in STYLES else name
-
-
 def prunes(trial: Mapping[str, Any]) -> str:
     """What a trial prunes, in words."""
     parts = []
@@ -300,6 +371,14 @@ def prunes(trial: Mapping[str, Any]) -> str:
         if named := [f"{end}est {share:g} %" for end, share in shares if share]:
             parts.append(f"the {' and '.join(named)} of {words}")
     return " and ".join(parts) or "nothing"
+
+
+def chosen_values(values: Mapping[str, Any]) -> str:
+    """The hyperparameters of a detector, in words."""
+    parts = [f"prunes {prunes(values)}"] if "weights_low" in values else []
+    rest = {key: value for key, value in values.items() if key not in CANDIDATE}
+    parts += [f"{k} = {v:g}" if isinstance(v, float) else f"{k} = {v}" for k, v in rest.items()]
+    return ", ".join(parts) or "none to choose"
 
 
 def outcome(pruning: Pruning, evaluation: Evaluation) -> str:
@@ -327,10 +406,12 @@ def outcome(pruning: Pruning, evaluation: Evaluation) -> str:
     sentence = "; ".join(parts)
     lowest = number(min(means.values()))
     winners = " and ".join(detector_name(n) for n, mean in means.items() if number(mean) == lowest)
-    return (
-        f"{sentence[0].upper()}{sentence[1:]}. "
-        f"Of the {len(means)} detectors, the lowest mean FPR95 is {lowest} %, by {winners}."
-    )
+    told = f"{sentence[0].upper()}{sentence[1:]}. Of {len(means)} detectors"
+    told += f", the lowest mean FPR95 is {lowest} %, by {winners}"
+    if "opnp" in means and len(means) > 1:
+        place = tables.ranked(evaluation.table, evaluation.ranks).index("opnp") + 1
+        told += f"; by mean rank OPNP is number {place}"
+    return f"{told}."
 
 
 def moved(before: float, after: float, of_before: str = "", of_after: str = "") -> str:
@@ -342,11 +423,31 @@ def moved(before: float, after: float, of_before: str = "", of_after: str = "") 
     return f"{verb} from {old} %{of_before} to {new} %{of_after}"
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Detectors by their mean rank in one metric, and all their ranks in it."""
+
+    order: list[str]
+    ranks: dict[str, dict[str, float]]
+
+
+def comparison(evaluation: Evaluation, metric: str) -> Comparison:
+    """The order of the rows of a metric's table."""
+    ranks = (
+        evaluation.ranks
+        if metric == "fpr95"
+        else tables.ranks(evaluation.table, list(evaluation.sets), metric)
+    )
+    return Comparison(tables.ranked(evaluation.table, ranks, metric), ranks)
+
+
 def best(evaluation: Evaluation, metric: str) -> dict[str, str]:
-    """The best value of each OOD set and of the mean, as shown: equal digits are equally good."""
-    choose = min if metric.startswith("fpr95") else max
+    """The best value of each column, as shown: equal digits are equally good."""
+    choose = min if tables.lower_is_better(metric) else max
     rows = evaluation.table.values()
-    return {s: number(choose(row[s][metric] for row in rows)) for s in (*evaluation.sets, "mean")}
+    return {
+        column: number(choose(row[column][metric] for row in rows)) for column in evaluation.columns
+    }
 
 
 @dataclass(frozen=True)
@@ -374,7 +475,8 @@ def heat_maps(parameters: Parameters, pruning: Pruning) -> list[HeatMap]:
     """
     trials, chosen = pruning.trials, pruning.chosen
     floor = trials["accuracy"][0] - parameters.search.max_accuracy_drop
-    accurate = ~(trials["accuracy"] < floor - 1e-9)
+    # Masks of clipped features are those of OPNP with ReAct.
+    accurate = ~(trials["accuracy"] < floor - 1e-9) & ~trials["clips"]
     # Without neuron pruning the definitions agree, and the search tries such masks once, as `mean`.
     neuronless = (trials["neurons_low"] == 0) & (trials["neurons_high"] == 0)
     scale = Normalize(trials["fpr95"][accurate].min(), np.percentile(trials["fpr95"][accurate], 75))
@@ -471,9 +573,9 @@ def histograms(evaluation: Evaluation) -> list[Plot]:
 
 
 def roc_curves(evaluation: Evaluation) -> list[Plot]:
-    """ROC curves, ID positive: of all detectors in the mean, and of Energy and OPNP on each set."""
-    fpr = evaluation.roc["fpr"]
-    curves = {"mean over OOD sets": {name: evaluation.roc[name] for name in evaluation.table}}
+    """ROC curves, ID positive: of a few detectors in the mean, of Energy and OPNP on each set."""
+    fpr, styles = evaluation.roc["fpr"], roc_styles(evaluation)
+    curves = {"mean over OOD sets": {name: evaluation.roc[name] for name in styles}}
     for name in evaluation.sets if evaluation.before_after else ():
         curves[name] = {
             detector: 100 * tpr_at_fpr(scores["test"], scores[name], fpr / 100)
@@ -484,8 +586,8 @@ def roc_curves(evaluation: Evaluation) -> list[Plot]:
     for name, by_detector in curves.items():
         axes = axes_for(f"ROC, {name}", "OOD samples passed, FPR (%)", "ID samples kept, TPR (%)")
         for detector, tpr in by_detector.items():
-            label, colour, line = STYLES.get(detector, (detector, "#000000", "dotted"))
-            axes.plot(fpr, tpr, color=colour, linestyle=line, label=label)
+            colour, line = styles[detector]
+            axes.plot(fpr, tpr, color=colour, linestyle=line, label=detector_name(detector))
         axes.axhline(95, color="#767676", linewidth=0.8)
         axes.set(xlim=(0, 100), ylim=(0, 102))
         shown = ", ".join(map(detector_name, by_detector))
@@ -493,6 +595,55 @@ def roc_curves(evaluation: Evaluation) -> list[Plot]:
         legend = {"loc": "lower right", "ncols": 1 + (len(by_detector) > 4)}
         plots.append(plot(axes, f"r{len(plots)}", caption, legend))
     return plots
+
+
+def roc_styles(evaluation: Evaluation) -> dict[str, tuple[str, str]]:
+    """Colour and line of what can be told apart in one plot.
+
+    These are Energy, OPP, ONP, OPNP, and by mean rank the best of OPNP's combinations and of the
+    others.
+    """
+    order = tables.ranked(evaluation.table, evaluation.ranks)
+    rest = [name for name in order if name not in STYLES]
+    others = [name for name in rest if not tables.ours(name)][:1]
+    combined = [name for name in rest if tables.ours(name)][:1]
+    return (
+        dict.fromkeys(others, (GREEN, "solid"))
+        | dict.fromkeys(combined, (PURPLE, "dashdot"))
+        | {name: style for name, style in STYLES.items() if name in evaluation.table}
+    )
+
+
+def tradeoff(parameters: Parameters, pruning: Pruning) -> Plot:
+    """Proxy FPR95 against ID validation accuracy, of the candidates and of what was chosen."""
+    accuracy, fpr95, chosen = pruning.trials["accuracy"], pruning.trials["fpr95"], pruning.methods
+    drop = parameters.search.max_accuracy_drop
+    floor = accuracy[0] - drop
+    # Masks that cost far too much would leave no room for the others.
+    shown = accuracy >= floor - 4 * max(drop, 1.0)
+    axes = axes_for("Candidates", "ID validation accuracy (%)", "Proxy FPR95 (%)")
+    # Cells in place of thousands of points keep the page small.
+    axes.hexbin(
+        accuracy[shown], fpr95[shown], gridsize=(36, 20), bins="log", mincnt=1, linewidths=0,
+        cmap=LinearSegmentedColormap.from_list("candidates", ["#c9ced4", "#3c434b"]),
+    )  # fmt: skip
+    if floor > accuracy.min():
+        axes.axvline(floor, label="least accuracy allowed", **CUT)
+    looks = zip(
+        METHODS, "s^oD", (ORANGE, BLACK, VERMILLION, PURPLE), (110, 80, 50, 25), strict=True
+    )
+    for method, marker, colour, size in looks:  # the smaller on the larger: they may be equal
+        axes.scatter(
+            chosen[method]["accuracy"], chosen[method]["fpr95"],
+            s=size, c=colour, marker=marker, edgecolors="#ffffff", label=detector_name(method),
+        )  # fmt: skip
+    caption = (
+        f"Proxy FPR95 against ID validation accuracy of {int(shown.sum())} candidates, darker "
+        "where there are more, and what was chosen for each method."
+    )
+    if not shown.all():
+        caption += f" {int((~shown).sum())} of still less accuracy are left out."
+    return plot(axes, "c0", caption)
 
 
 def sensitivities(pruning: Pruning) -> list[Plot]:

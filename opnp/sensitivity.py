@@ -18,9 +18,12 @@ Sensitivities are means, and means of parts cannot be merged; hence `Sensitivity
 of the training set contributes is a sum and a count, and parts are merged by adding.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Literal, Self, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +34,9 @@ __all__ = [
     "NeuronSensitivity",
     "Sensitivity",
     "SensitivitySums",
+    "clip_threshold",
+    "halved",
+    "measure",
     "neuron_sensitivity",
     "parameter_sensitivity",
 ]
@@ -50,6 +56,9 @@ class Sensitivity:
         neurons_gradient: N by definition ``gradient``, shape (L,).
         neurons_taylor: N by definition ``taylor``, shape (L,).
         count: number of samples m.
+        temperature: T of the energy.
+        clip: features were clipped at this value from above, as ReAct does; None: they were not.
+        halves: the same over either half of the samples, which shows how far sampling moves them.
     """
 
     weights: Tensor
@@ -57,6 +66,9 @@ class Sensitivity:
     neurons_gradient: Tensor
     neurons_taylor: Tensor
     count: int
+    temperature: float = 1.0
+    clip: float | None = None
+    halves: "tuple[Sensitivity, Sensitivity] | None" = None
 
     def neurons(self, kind: NeuronSensitivity) -> Tensor:
         """N, shape (L,), by the definition ``kind``.
@@ -86,6 +98,8 @@ class SensitivitySums:
         neurons_gradient: Σ_k |∂E(x_k)/∂h_j|, shape (L,).
         neurons_taylor: Σ_k |h_j · ∂E(x_k)/∂h_j|, shape (L,).
         count: number of samples.
+        temperature: T of the energy.
+        clip: at which features were clipped from above, if they were.
     """
 
     weights: Tensor
@@ -93,10 +107,19 @@ class SensitivitySums:
     neurons_gradient: Tensor
     neurons_taylor: Tensor
     count: int
+    temperature: float = 1.0
+    clip: float | None = None
 
     @classmethod
     @torch.no_grad()
-    def of(cls, features: Tensor, weight: Tensor, bias: Tensor, temperature: float = 1.0) -> Self:
+    def of(
+        cls,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        temperature: float = 1.0,
+        clip: float | None = None,
+    ) -> Self:
         """Sums over the samples of ``features``.
 
         Computed on the device of ``features`` and in float64 throughout: the smallest sensitivities
@@ -107,6 +130,8 @@ class SensitivitySums:
             weight: W, shape (K, L).
             bias: b, shape (K,).
             temperature: T of the energy.
+            clip: clip features at this value from above first, as ReAct does (Sun et al.,
+                NeurIPS 2021); None: do not.
 
         Raises:
             InputError: shapes disagree, values are not finite, or T is not positive.
@@ -117,13 +142,21 @@ class SensitivitySums:
         gradient = torch.zeros_like(weight[0])
         taylor = torch.zeros_like(gradient)
         for h in features.split(BATCH):
-            h = h.double()
+            h = h.double().clamp(max=clip) if clip is not None else h.double()
             p = torch.softmax(logits(h, weight, bias) / temperature, dim=1)  # (B, K)
             dh = p @ weight  # −∂E/∂h, (B, L)
             m += p.T @ h.abs()  # Σ_k |−p_i h_j|: p is never negative
             gradient += dh.abs().sum(dim=0)
             taylor += (h * dh).abs().sum(dim=0)
-        return cls(m.cpu(), m.mean(dim=0).cpu(), gradient.cpu(), taylor.cpu(), len(features))
+        return cls(
+            m.cpu(),
+            m.mean(dim=0).cpu(),
+            gradient.cpu(),
+            taylor.cpu(),
+            len(features),
+            temperature,
+            clip,
+        )
 
     def __add__(self, other: Self) -> Self:
         if self.weights.shape != other.weights.shape:
@@ -131,7 +164,20 @@ class SensitivitySums:
                 f"Sums for a head {tuple(self.weights.shape)} and a head "
                 f"{tuple(other.weights.shape)} cannot be added: they are of different models."
             )
-        return type(self)(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        if (self.temperature, self.clip) != (other.temperature, other.clip):
+            raise InputError(
+                "Sums at different temperatures or clips cannot be added: "
+                f"T = {self.temperature:g} and {other.temperature:g}, "
+                f"clips {self.clip} and {other.clip}."
+            )
+        return replace(
+            self,
+            weights=self.weights + other.weights,
+            neurons_mean=self.neurons_mean + other.neurons_mean,
+            neurons_gradient=self.neurons_gradient + other.neurons_gradient,
+            neurons_taylor=self.neurons_taylor + other.neurons_taylor,
+            count=self.count + other.count,
+        )
 
     def mean(self) -> Sensitivity:
         """The sensitivities.
@@ -150,7 +196,60 @@ class SensitivitySums:
             self.neurons_gradient / m,
             self.neurons_taylor / m,
             m,
+            self.temperature,
+            self.clip,
         )
+
+
+def halved(first: SensitivitySums, second: SensitivitySums) -> Sensitivity:
+    """The sensitivities of two halves of the training samples together, which keep either half's.
+
+    Raises:
+        InputError: there were no samples, or the halves are of different heads or settings.
+    """
+    total = (first + second).mean()
+    if first.count == 0 or second.count == 0:
+        return total
+    return replace(total, halves=(first.mean(), second.mean()))
+
+
+def measure(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    temperatures: Sequence[float] = (1.0,),
+    clips: Sequence[float | None] = (None,),
+) -> list[Sensitivity]:
+    """The sensitivities at every temperature and clip, each with its halves (every other sample).
+
+    Args:
+        features: penultimate features of the training samples, shape (N, L), N ≥ 1.
+        weight: head weight W, shape (K, L).
+        bias: head bias b, shape (K,).
+        temperatures: T of the energy.
+        clips: values at which features are clipped from above, see `clip_threshold`; None: not.
+
+    Raises:
+        InputError: shapes disagree, N = 0, values are not finite, or T is not positive.
+    """
+    return [
+        halved(
+            *(
+                SensitivitySums.of(half, weight, bias, temperature, clip)
+                for half in (features[::2], features[1::2])
+            )
+        )
+        for clip, temperature in product(clips, temperatures)
+    ]
+
+
+def clip_threshold(features: Tensor, percentile: float) -> float:
+    """The value below which ``percentile`` % of all activations of training features (N, L) lie.
+
+    Source: Sun et al., "ReAct: Out-of-distribution Detection With Rectified Activations",
+    NeurIPS 2021, arXiv 2111.12797, section 3.
+    """
+    return float(np.percentile(features.cpu().numpy(), percentile))
 
 
 def parameter_sensitivity(

@@ -9,10 +9,12 @@ import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, product
+from math import isnan
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,14 +29,13 @@ from opnp import artifacts, backbones, datasets, energy, proxies, sources, tenso
 from opnp import features as shards
 from opnp import sensitivity as sensitivity_module
 from opnp.datasets import ImageSet, Manifest, data_file, read_manifest
-from opnp.errors import InputError
+from opnp.errors import InputError, UnavailableError
 from opnp.features import Shard
 from opnp.files import atomic, digest, read_json, write_json
-from opnp.masks import PruningMask
 from opnp.parameters import Parameters
 from opnp.progress import track
-from opnp.search import Candidate, Grid, SearchResult, Trial, choose, search_masks
-from opnp.sensitivity import Sensitivity, SensitivitySums
+from opnp.search import Candidate, Grid, SearchResult, Trial, search_masks, setting_of
+from opnp.sensitivity import Sensitivity, SensitivitySums, halved
 
 __all__ = ["evaluate", "features", "fetch", "report", "search", "sensitivity", "train"]
 
@@ -58,8 +59,8 @@ def begin_fetch(parameters: Parameters) -> None:
     Raises:
         InputError: a source lies in `data/`, which will be replaced.
     """
-    data = parameters.data
-    for spec in (data.id, *data.near.values(), *data.far.values()):
+    data, outliers = parameters.data, parameters.search.outliers
+    for spec in (data.id, *data.near.values(), *data.far.values(), *outliers.values()):
         if Path(spec).resolve().is_relative_to(artifacts.DATA.resolve()):
             raise InputError(
                 f"The source {spec} lies in {artifacts.DATA}/, which fetch replaces: move it away."
@@ -67,10 +68,25 @@ def begin_fetch(parameters: Parameters) -> None:
     shutil.rmtree(artifacts.FETCHED, ignore_errors=True)
 
 
+def ood_sets(parameters: Parameters) -> dict[str, tuple[str, str]]:
+    """Every set of OOD images by name, with its role and its source."""
+    sets = {f"ood/{name}": ("near", source) for name, source in parameters.data.near.items()}
+    sets |= {f"ood/{name}": ("far", source) for name, source in parameters.data.far.items()}
+    for name, source in parameters.search.outliers.items():
+        sets[f"outliers/{name}"] = ("outliers", source)
+    return sets
+
+
 def ood_sources(parameters: Parameters) -> list[str]:
     """The OOD sets with a source of their own: all but those of held-out classes."""
-    named = {**parameters.data.near, **parameters.data.far}
-    return [name for name, source in named.items() if source != "held-out"]
+    sets = ood_sets(parameters)
+    return [name for name, (_, source) in sets.items() if source != "held-out"]
+
+
+def data_parameters(parameters: Parameters) -> dict[str, Any]:
+    """What the images depend on."""
+    outliers = parameters.search.outliers
+    return parameters.data.model_dump() | ({"outliers": outliers} if outliers else {})
 
 
 def fetch_id(parameters: Parameters) -> dict[str, ImageSet]:
@@ -141,20 +157,19 @@ def fetch_id(parameters: Parameters) -> dict[str, ImageSet]:
 def fetch_ood(parameters: Parameters, name: str) -> dict[str, ImageSet]:
     """Write the OOD set ``name``, whose source is not the ID source's held-out classes."""
     data = parameters.data
-    role, source = ("near", data.near[name]) if name in data.near else ("far", data.far[name])
+    role, source = ood_sets(parameters)[name]
     examples = sources.open_ood(source, data.image_size, data.seed)
     limited = islice(examples, data.ood_count)
-    path = data_file(f"ood/{name}", artifacts.FETCHED)
+    path = data_file(name, artifacts.FETCHED)
     entry = datasets.write(path, role, source, limited, data.image_size, data.mode, [])
-    return {f"ood/{name}": entry}
+    return {name: entry}
 
 
 def fetched(parameters: Parameters, sets: dict[str, ImageSet]) -> Manifest:
     """The manifest of what has been fetched."""
-    wanted = ["train", "validation", "test"]
-    wanted += [f"ood/{name}" for name in (*parameters.data.near, *parameters.data.far)]
+    wanted = ["train", "validation", "test", *ood_sets(parameters)]
     return Manifest(
-        parameters.data.model_dump(),
+        data_parameters(parameters),
         list(sets["train"].classes),
         {name: sets[name] for name in wanted},
     )
@@ -179,10 +194,10 @@ def manifest_of(parameters: Parameters) -> Manifest:
         InputError: it was fetched with others, or is missing.
     """
     manifest = read_manifest()
-    if manifest.parameters != parameters.data.model_dump():
+    if manifest.parameters != data_parameters(parameters):
         raise InputError(
-            f"{artifacts.DATA}/ was fetched with other parameters in section data than "
-            f"{artifacts.PARAMETERS} has now: run `python -m flows.fetch`."
+            f"{artifacts.DATA}/ was fetched with other parameters in section data, or other "
+            f"search.outliers, than {artifacts.PARAMETERS} has now: run `python -m flows.fetch`."
         )
     return manifest
 
@@ -209,12 +224,17 @@ def train(parameters: Parameters) -> dict[str, Any]:
         split: datasets.read(data_file(split), data.mode, data.image_size)
         for split in ("train", "validation")
     }
-    spec = {"name": settings.backbone, "width": settings.width, "depth": settings.depth}
+    spec: dict[str, object] = {
+        "name": settings.backbone,
+        "width": settings.width,
+        "depth": settings.depth,
+    }
     with training.deterministic(settings.threads):
         torch.manual_seed(parameters.seed)
         model = backbones.build(
             channels=len(data.mode),
             classes=len(classes),
+            size=data.image_size,
             **spec,  # type: ignore[arg-type]
         )
         preprocessing = backbones.Preprocessing.measured(read["train"][0])
@@ -241,6 +261,9 @@ def train(parameters: Parameters) -> dict[str, Any]:
                 weight_decay=settings.weight_decay,
                 shift_pixels=settings.shift_pixels,
                 seed=parameters.seed,
+                optimizer=settings.optimizer,
+                precision=settings.precision,
+                spcp=settings.spcp,
             )
         model.eval()
         record: dict[str, Any] = {
@@ -346,24 +369,31 @@ def feature_shard(parameters: Parameters, shard: Shard, index: int) -> bool:
     }
     if shards.is_whole(shard, origin):
         return False
-    proxy = shard.split.startswith("proxies/")
-    rows = range(shard.start, shard.stop)
-    if proxy:
-        family = shard.split.removeprefix("proxies/")
-        with one_at_a_time:
-            validation = validation_images(origin["images"], preprocessing)
-        made = proxies.make(family, validation, rows, parameters.seed)
-        images, labels = torch.from_numpy(made), np.full(len(rows), -1, np.int64)
-    else:
-        pixels, labels = datasets.read(
-            data_file(shard.split), preprocessing.mode, preprocessing.size, shard.start, shard.stop
-        )
-        images = unit(pixels)
-    batches = preprocessing.normalize(images).split(parameters.features.batch_size)
+    images, labels = load_images(parameters, shard.split, shard.start, shard.stop)
+    batches = images.split(parameters.features.batch_size)
     with training.deterministic(threads=1):
         encoded = shards.encode(model.encoder, batches, device)
     shards.write_shard(shard, encoded, labels, origin, parameters.features.dtype)
     return True
+
+
+def load_images(
+    parameters: Parameters, split: str, start: int, stop: int
+) -> tuple[Tensor, np.ndarray[Any, Any]]:
+    """Normalized images (N, C, H, W) and labels (N,) of some rows of a split."""
+    expected = expected_features(parameters, split)
+    _, preprocessing = backbone_on(expected["backbone"], torch.device("cpu"))
+    if split.startswith("proxies/"):
+        rows = range(start, stop)
+        with one_at_a_time:
+            validation = validation_images(expected["images"], preprocessing)
+        made = proxies.make(split.removeprefix("proxies/"), validation, rows, parameters.seed)
+        images, labels = torch.from_numpy(made), np.full(len(rows), -1, np.int64)
+    else:
+        path = data_file(split)
+        pixels, labels = datasets.read(path, preprocessing.mode, preprocessing.size, start, stop)
+        images = unit(pixels)
+    return preprocessing.normalize(images), labels
 
 
 def expected_features(parameters: Parameters, split: str) -> dict[str, str]:
@@ -388,6 +418,8 @@ def code_digest(*modules: ModuleType) -> str:
 def finish_features(plan: list[Shard]) -> None:
     """Remove shards that are not in the plan."""
     remove_others(artifacts.FEATURES, {shard.path for shard in plan})
+    for optional in ("outliers", "proxies"):  # DVC wants each of its outputs
+        (artifacts.FEATURES / optional).mkdir(exist_ok=True)
 
 
 @lru_cache(maxsize=16)
@@ -418,18 +450,28 @@ def load_features(parameters: Parameters, *splits: str) -> list[tuple[Tensor, Te
     return [shards.load(split, expected_features(parameters, split)) for split in splits]
 
 
-def load_proxies(parameters: Parameters) -> dict[str, Tensor]:
-    """Features of each proxy family, by name; see `load_features`."""
-    families = parameters.search.proxies
-    loaded = load_features(parameters, *(f"proxies/{family}" for family in families))
-    return {family: features for family, (features, _) in zip(families, loaded, strict=True)}
+def outlier_splits(parameters: Parameters) -> dict[str, str]:
+    """What masks and hyperparameters are chosen on besides ID validation: splits by name."""
+    settings = parameters.search
+    splits = {family: f"proxies/{family}" for family in settings.proxies}
+    return splits | {name: f"outliers/{name}" for name in settings.outliers}
+
+
+def load_outliers(parameters: Parameters) -> dict[str, Tensor]:
+    """Features of each proxy family and each real outlier set, by name; see `load_features`."""
+    splits = outlier_splits(parameters)
+    loaded = load_features(parameters, *splits.values())
+    return {name: features for name, (features, _) in zip(splits, loaded, strict=True)}
 
 
 # sensitivity ------------------------------------------------------------------------------------
 
 
-def sensitivity(parameters: Parameters) -> Sensitivity:
-    """Measure the sensitivity of the head over all training features, shard by shard."""
+SENSITIVITIES = ("weights", "neurons_mean", "neurons_gradient", "neurons_taylor")
+
+
+def sensitivity(parameters: Parameters) -> list[Sensitivity]:
+    """Measure the sensitivities of the head over all training features, shard by shard."""
     plan = sensitivity_shards(parameters)
     for path in track(plan, "sensitivity (shards)", len(plan)):
         sensitivity_shard(parameters, path)
@@ -437,12 +479,33 @@ def sensitivity(parameters: Parameters) -> Sensitivity:
 
 
 def sensitivity_shards(parameters: Parameters) -> list[Path]:
-    """The feature shards of the training split, in order.
+    """The feature shards of the training split, in order; where to clip is written down first.
 
     Raises:
         InputError: they are missing, damaged, of something else, or not the whole split.
     """
-    return shards.shard_paths("train", expected_features(parameters, "train"))
+    expected = expected_features(parameters, "train")
+    paths = shards.shard_paths("train", expected)
+    clips: dict[str, float] = {}
+    if percentiles := [each for each in parameters.search.clip if each is not None]:
+        h, _ = shards.load("train", expected)
+        clips = {str(each): sensitivity_module.clip_threshold(h, each) for each in percentiles}
+    write_json(artifacts.CLIPS, clips)
+    return paths
+
+
+def settings_of(parameters: Parameters) -> list[dict[str, Any]]:
+    """Every clip (percentile and threshold) and temperature that the search tries, in its order."""
+    clips = read_json(artifacts.CLIPS, "python -m flows.sensitivity")
+    search = parameters.search
+    if set(clips) != {str(each) for each in search.clip if each is not None}:
+        raise InputError(
+            f"{artifacts.CLIPS} is of another search.clip: run `python -m flows.sensitivity`."
+        )
+    return [
+        {"clip": clip, "threshold": clips.get(str(clip)), "temperature": temperature}
+        for clip, temperature in product(search.clip, search.temperature)
+    ]
 
 
 def sums_file(path: Path) -> Path:
@@ -450,13 +513,16 @@ def sums_file(path: Path) -> Path:
 
 
 def sensitivity_shard(parameters: Parameters, path: Path) -> bool:
-    """Sum one shard's contributions; say False if that was already done and the file is whole."""
+    """Sum one shard's contributions; say False if that was already done and the file is whole.
+
+    Rows in even and in odd places are summed apart: two halves of the training samples.
+    """
     h, _, origin = shards.read_shard(path)
-    metadata = {
+    metadata: dict[str, Any] = {
         "backbone": origin["backbone"],
         "rows": origin["rows"],
         "features": digest(path),
-        "temperature": parameters.energy.temperature,
+        "settings": settings_of(parameters),
         "code": code_digest(energy, sensitivity_module),
     }
     try:
@@ -466,84 +532,158 @@ def sensitivity_shard(parameters: Parameters, path: Path) -> bool:
         pass
     model, _, _ = backbones.load(artifacts.BACKBONE)
     device = device_for(int(path.stem))
+    weight, bias = model.head.weight, energy.bias_of(model.head)
+    halves = (h[::2].to(device), h[1::2].to(device))
     with training.deterministic(threads=1):
-        sums = SensitivitySums.of(
-            h.to(device), model.head.weight, model.head.bias, parameters.energy.temperature
-        )
+        sums = [
+            SensitivitySums.of(half, weight, bias, setting["temperature"], setting["threshold"])
+            for setting in metadata["settings"]
+            for half in halves
+        ]
     write_sensitivity(sums_file(path), sums, metadata)
     return True
 
 
 def write_sensitivity(
-    path: Path, values: SensitivitySums | Sensitivity, metadata: dict[str, Any]
+    path: Path, measured: Sequence[SensitivitySums | Sensitivity], metadata: dict[str, Any]
 ) -> None:
-    measured = {name: value for name, value in vars(values).items() if isinstance(value, Tensor)}
-    tensors.save(path, measured, {**metadata, "count": values.count})
+    """Write sums or sensitivities of two halves for each setting: tensors SETTING/HALF/NAME."""
+    named = {
+        f"{place // 2}/{place % 2}/{name}": getattr(each, name)
+        for place, each in enumerate(measured)
+        for name in SENSITIVITIES
+    }
+    tensors.save(path, named, {**metadata, "counts": [each.count for each in measured]})
 
 
-def read_sums(path: Path) -> tuple[SensitivitySums, dict[str, Any]]:
-    again = "run `python -m flows.sensitivity`"
-    sums, metadata = tensors.load(path, again)
-    check_sensitivity(path, sums, metadata, again)
-    return SensitivitySums(**sums, count=metadata.pop("count")), metadata
-
-
-def check_sensitivity(
-    path: Path, found: dict[str, Tensor], metadata: dict[str, Any], again: str
-) -> None:
-    """Refuse a file that is whole, but holds something else than sensitivities."""
-    expected = {"weights", "neurons_mean", "neurons_gradient", "neurons_taylor"}
-    if set(found) != expected or "count" not in metadata:
-        raise InputError(f"{path} does not hold sensitivities and their count: {again}.")
-
-
-def merge_sensitivity(plan: list[Path]) -> Sensitivity:
-    """Add the sums of all shards, in shard order, and write the sensitivities."""
-    total, metadata = read_sums(sums_file(plan[0]))
-    for path in plan[1:]:
-        total = total + read_sums(sums_file(path))[0]
-    mean = total.mean()
-    kept = {key: metadata[key] for key in ("backbone", "temperature")}
-    write_sensitivity(artifacts.SENSITIVITY, mean, kept)
-    remove_others(
-        artifacts.SENSITIVITY.parent,
-        {artifacts.SENSITIVITY, *(sums_file(path) for path in plan)},
-    )
-    return mean
-
-
-def read_sensitivity(parameters: Parameters) -> Sensitivity:
-    """The merged sensitivities.
+def read_sums(path: Path) -> tuple[list[SensitivitySums], dict[str, Any]]:
+    """The sums of either half for each setting, and what they were made from.
 
     Raises:
-        InputError: missing, damaged, of another backbone or of another temperature.
+        InputError: the file is missing, damaged or holds something else.
     """
     again = "run `python -m flows.sensitivity`"
-    measured, metadata = tensors.load(artifacts.SENSITIVITY, again)
-    check_sensitivity(artifacts.SENSITIVITY, measured, metadata, again)
-    if metadata.get("backbone") != digest(artifacts.BACKBONE):
+    found, metadata = tensors.load(path, again)
+    try:
+        settings, counts = metadata["settings"], metadata.pop("counts")
+        sums = [
+            SensitivitySums(
+                **{name: found[f"{place // 2}/{place % 2}/{name}"] for name in SENSITIVITIES},
+                count=count,
+                temperature=settings[place // 2]["temperature"],
+                clip=settings[place // 2]["threshold"],
+            )
+            for place, count in enumerate(counts)
+        ]
+    except (KeyError, IndexError, TypeError):
+        sums = []
+    if len(sums) * len(SENSITIVITIES) != len(found) or not sums:
+        raise InputError(f"{path} does not hold sensitivities and their counts: {again}.")
+    return sums, metadata
+
+
+def merge_sensitivity(plan: list[Path]) -> list[Sensitivity]:
+    """Add the sums of all shards, in shard order, and write them as the sums of the whole."""
+    total, metadata = read_sums(sums_file(plan[0]))
+    for path in plan[1:]:
+        total = [a + b for a, b in zip(total, read_sums(sums_file(path))[0], strict=True)]
+    kept = {key: metadata[key] for key in ("backbone", "settings")}
+    write_sensitivity(artifacts.SENSITIVITY, total, kept)
+    remove_others(
+        artifacts.SENSITIVITY.parent,
+        {artifacts.SENSITIVITY, artifacts.CLIPS, *(sums_file(path) for path in plan)},
+    )
+    return [halved(*pair) for pair in zip(total[::2], total[1::2], strict=True)]
+
+
+def read_sensitivity(parameters: Parameters) -> list[Sensitivity]:
+    """The merged sensitivities at every clip and temperature, in the order of `settings_of`.
+
+    Raises:
+        InputError: missing, damaged, of another backbone or of other clips and temperatures.
+    """
+    again = "run `python -m flows.sensitivity`"
+    total, metadata = read_sums(artifacts.SENSITIVITY)
+    if metadata["backbone"] != digest(artifacts.BACKBONE):
         raise InputError(f"{artifacts.SENSITIVITY} is of another backbone: {again}.")
-    if metadata.get("temperature") != parameters.energy.temperature:
-        raise InputError(f"{artifacts.SENSITIVITY} is of another energy.temperature: {again}.")
-    return Sensitivity(**measured, count=metadata["count"])
+    if metadata["settings"] != settings_of(parameters):
+        raise InputError(
+            f"{artifacts.SENSITIVITY} is of another search.clip or search.temperature: {again}."
+        )
+    return [halved(*pair) for pair in zip(total[::2], total[1::2], strict=True)]
 
 
 # search -----------------------------------------------------------------------------------------
 
-# What the three methods of the paper may prune: OPP weights, ONP neurons, OPNP both.
+# What OPP, ONP and OPNP, the methods of the paper, may do, and what OPNP with ReAct's clipping may.
 METHODS: dict[str, Callable[[Candidate], bool]] = {
-    "opp": lambda candidate: candidate.neurons == (0, 0),
-    "onp": lambda candidate: candidate.weights == (0, 0),
-    "opnp": lambda candidate: True,
+    "opp": lambda candidate: candidate.clip is None and candidate.neurons == (0, 0),
+    "onp": lambda candidate: candidate.clip is None and candidate.weights == (0, 0),
+    "opnp": lambda candidate: candidate.clip is None,
+    "opnp+react": lambda candidate: True,
 }
 
 
 def search(parameters: Parameters) -> SearchResult:
-    """Search the grid on ID validation and proxy outliers; write all trials and the best mask."""
+    """Search the grid on ID validation and outliers; write all trials and the chosen masks."""
     settings, measured = parameters.search, read_sensitivity(parameters)
     model, _, _ = backbones.load(artifacts.BACKBONE)
-    [(h, labels)], outliers = load_features(parameters, "validation"), load_proxies(parameters)
-    grid = Grid(
+    [(h, labels)], outliers = load_features(parameters, "validation"), load_outliers(parameters)
+
+    def progress(trials: Iterator[Trial], count: int) -> Iterator[Trial]:
+        return track(trials, "search (masks)", count)
+
+    start = time.perf_counter()
+    with training.deterministic(threads=1):
+        result = search_masks(
+            model.head,
+            h,
+            outliers,
+            measured,
+            grid_of(parameters),
+            labels=labels,
+            max_accuracy_drop=settings.max_accuracy_drop,
+            restrictions=METHODS,
+            resamples=settings.bootstrap,
+            seed=parameters.seed,
+            progress=progress,
+        )
+    seconds = time.perf_counter() - start
+    write_json(artifacts.TIMES, {method: {"tune": seconds} for method in METHODS})
+    percentiles = {each["threshold"]: each["clip"] for each in settings_of(parameters)}
+    write_trials(result.trials, percentiles)
+    for method, path in (("opnp", artifacts.MASK), ("opnp+react", artifacts.MASK_REACT)):
+        candidate = result.choices[method].trial.candidate
+        mask = candidate.mask(setting_of(measured, candidate))
+        about = {"backbone": digest(artifacts.BACKBONE), "candidate": asdict(candidate)}
+        mask.save(path, about)
+    record = {"unpruned": trial_record(result.trials[0], percentiles)}
+    for method in METHODS:
+        choice = result.choices[method]
+        record[method] = trial_record(choice.trial, percentiles) | {
+            "interval": {"low": choice.interval[0], "high": choice.interval[1]},
+            "within_noise": choice.within_noise,
+            "instability": None if isnan(choice.instability) else choice.instability,
+            "lowest": choice.lowest.mean_fpr95,
+        }
+    write_json(
+        artifacts.SEARCH,
+        {
+            **record,
+            "backbone": digest(artifacts.BACKBONE),
+            "candidates": len(result.trials),
+            "proxies": settings.proxies,
+            "outliers": list(settings.outliers),
+            "validation_samples": len(h),
+            "training_samples": measured[0].count,
+        },
+    )
+    return result
+
+
+def grid_of(parameters: Parameters) -> Grid:
+    settings = parameters.search
+    return Grid(
         settings.weights_low,
         settings.weights_high,
         settings.neurons_low,
@@ -551,56 +691,20 @@ def search(parameters: Parameters) -> SearchResult:
         settings.neuron_sensitivity,
     )
 
-    def progress(candidates: Any) -> Iterator[Candidate]:
-        return track(candidates, "search (masks)", len(candidates))
 
-    with training.deterministic(threads=1):
-        result = search_masks(
-            model.head,
-            h,
-            outliers,
-            measured,
-            grid,
-            labels=labels,
-            max_accuracy_drop=settings.max_accuracy_drop,
-            temperature=parameters.energy.temperature,
-            progress=progress,
-        )
-    best = {
-        method: choose(result.trials, settings.max_accuracy_drop, allowed)
-        for method, allowed in METHODS.items()
+def candidate_record(
+    candidate: Candidate, percentiles: Mapping[float | None, float | None]
+) -> dict[str, Any]:
+    """A candidate as files have it; ``percentiles`` names the clips by their thresholds."""
+    return candidate.record() | {
+        "clip": percentiles[candidate.clip],
+        "threshold": candidate.clip,
+        "temperature": candidate.temperature,
     }
-    write_trials(result.trials)
-    result.mask.save(
-        artifacts.MASK,
-        {
-            "backbone": digest(artifacts.BACKBONE),
-            "candidate": asdict(result.best.candidate),
-        },
-    )
-    write_json(
-        artifacts.SEARCH,
-        {
-            "unpruned": trial_record(result.trials[0]),
-            **{method: trial_record(trial) for method, trial in best.items()},
-            "candidates": len(result.trials),
-            "outliers": list(outliers),
-            "validation_samples": len(h),
-            "training_samples": measured.count,
-        },
-    )
-    return result
 
 
-def trial_record(trial: Trial) -> dict[str, Any]:
-    wl, wh = trial.candidate.weights
-    nl, nh = trial.candidate.neurons
-    return {
-        "weights_low": wl,
-        "weights_high": wh,
-        "neurons_low": nl,
-        "neurons_high": nh,
-        "neuron_sensitivity": trial.candidate.neuron_sensitivity,
+def trial_record(trial: Trial, percentiles: Mapping[float | None, float | None]) -> dict[str, Any]:
+    return candidate_record(trial.candidate, percentiles) | {
         "fpr95": trial.mean_fpr95,
         "auroc": trial.mean_auroc,
         "accuracy": trial.accuracy,
@@ -608,9 +712,9 @@ def trial_record(trial: Trial) -> dict[str, Any]:
     }
 
 
-def write_trials(trials: list[Trial]) -> None:
+def write_trials(trials: list[Trial], percentiles: Mapping[float | None, float | None]) -> None:
     rows = [
-        trial_record(trial)
+        trial_record(trial, percentiles)
         | {f"fpr95/{name}": value for name, value in trial.fpr95.items()}
         | {f"auroc/{name}": value for name, value in trial.auroc.items()}
         for trial in trials
@@ -627,63 +731,125 @@ def write_table(path: Path, table: pa.Table) -> None:
 
 
 def evaluate(parameters: Parameters) -> dict[str, Any]:
-    """Tune every detector on the proxies, then score the test sets, for the first time."""
-    from pytorch_ood.api import Detector
+    """Tune every detector on proxies, then score the test sets, for the first time."""
+    from opnp import comparison, metrics, tables
+    from opnp.baselines import Samples, TrainedModel, by_name, takes_images
 
-    from opnp import comparison, metrics
-    from opnp.detector import OPNP
-
-    temperature = parameters.energy.temperature
-    model, _, _ = backbones.load(artifacts.BACKBONE)
-    head = model.head
-    train_split, validation = load_features(parameters, "train", "validation")
-    outliers = load_proxies(parameters)
+    settings, temperature = parameters.evaluate, parameters.energy.temperature
+    model, preprocessing, _ = backbones.load(artifacts.BACKBONE)
+    trained = TrainedModel(model.head, temperature, model, preprocessing.std)
+    measured = read_sensitivity(parameters)
     found = read_json(artifacts.SEARCH, "python -m flows.search")
-    masks = {method: method_mask(parameters, method, found) for method in METHODS}
-    detectors: dict[str, Detector] = {}
-    tuned: dict[str, dict[str, Any]] = {}
-    with training.deterministic(threads=1):
-        for name in track(
-            parameters.evaluate.detectors, "tune (detectors)", len(parameters.evaluate.detectors)
-        ):
-            if name in masks:
-                detectors[name] = OPNP.from_mask(None, head, masks[name], temperature)
-                tuned[name] = {key: found[name][key] for key in PERCENTAGES}
-            else:
-                detectors[name] = comparison.DETECTORS[name](head, temperature)
+    chosen = {method: chosen_candidate(found[method]) for method in METHODS}
+    if found["backbone"] != digest(artifacts.BACKBONE):
+        raise InputError(
+            f"{artifacts.SEARCH} is of another backbone: run `python -m flows.search`."
+        )
+
+    def samples(split: str, limit: int | None = None) -> Samples:
+        [(features, labels)] = load_features(parameters, split)
+        stop = min(len(features), limit or len(features))
+        return Samples(
+            features[:stop],
+            labels[:stop],
+            lambda: load_images(parameters, split, 0, stop)[0],
+        )
+
+    def pruned(method: str, features: Tensor) -> Tensor:
+        """Logits of what the search chose for a method."""
+        candidate = chosen[method]
+        clip = torch.inf if candidate.clip is None else candidate.clip
+        head = candidate.mask(setting_of(measured, candidate)).apply(model.head)
+        return head(features.clamp(max=clip))
+
+    train_split = samples("train")
+    train_images = samples("train", settings.training_images)
+    validation = samples("validation", settings.tuning_samples)
+    outliers = {
+        name: samples(split, settings.tuning_samples)
+        for name, split in outlier_splits(parameters).items()
+    }
+    tuned: dict[str, comparison.Tuned] = {}
+    hyperparameters: dict[str, dict[str, Any]] = {}
+    trials: dict[str, int] = {}
+    times: dict[str, dict[str, float]] = {}
+    if artifacts.TIMES.is_file():  # of the search
+        times = {name: of for name, of in read_json(artifacts.TIMES, "").items() if name in METHODS}
+    unavailable: dict[str, str] = {}
+    with training.deterministic(threads=1), torch.no_grad():
+        for name in track(settings.detectors, "tune (detectors)", len(settings.detectors)):
+            if name in METHODS:
+                hyperparameters[name] = {
+                    key: found[name][key] for key in (*PERCENTAGES, "clip", "temperature")
+                }
+                trials[name] = found["candidates"]
+                start = time.perf_counter()
+                candidate = chosen[name]
+                SensitivitySums.of(
+                    train_split.features,
+                    model.head.weight,
+                    energy.bias_of(model.head),
+                    candidate.temperature,
+                    candidate.clip,
+                ).mean()
+                times[name] = times.get(name, {}) | {"fit": time.perf_counter() - start}
+                continue
+            start = time.perf_counter()
+            try:
+                on_images = takes_images(by_name(name.removeprefix("opnp+"))(trained))
                 tuned[name] = comparison.tune(
-                    detectors[name], head, train_split, validation[0], outliers
+                    name,
+                    trained,
+                    train_images if on_images else train_split,
+                    validation,
+                    outliers,
+                    budget=settings.budget,
+                    seed=parameters.seed,
+                    candidates=pruning_to_try(parameters, chosen),
                 )
+            except UnavailableError as error:
+                unavailable[name] = str(error)
+                continue
+            hyperparameters[name], trials[name] = tuned[name].hyperparameters, tuned[name].trials
+            seconds = time.perf_counter() - start
+            times[name] = {"tune": seconds, "fit": tuned[name].fit_seconds}
 
         # Only here are test features read.
         manifest = manifest_of(parameters)
         names = list(manifest.ood)
-        h, labels = load_features(parameters, "test")[0]
-        outside = load_features(parameters, *(f"ood/{name}" for name in names))
-        ood = {name: features for name, (features, _) in zip(names, outside, strict=True)}
-        scores = {
-            name: {
-                split: comparison.score(detector, head, split_features)
-                for split, split_features in {"test": h, **ood}.items()
-            }
-            for name, detector in detectors.items()
-        }
-        id_logits = {
-            "unpruned": head(h),
-            **{m: masks[m].apply(head)(h) for m in masks if m in detectors},
-        }
+        kinds = {name: manifest.ood[name].role for name in names}
+        test = {"test": samples("test"), **{name: samples(f"ood/{name}") for name in names}}
+        h, labels = test["test"].features, test["test"].labels
+        assert labels is not None
+        scores: dict[str, dict[str, Tensor]] = {}
+        for name in track(settings.detectors, "score (detectors)", len(settings.detectors)):
+            start = time.perf_counter()
+            try:
+                if name in METHODS:
+                    t = chosen[name].temperature
+                    scores[name] = {
+                        split: -energy.energy_score(pruned(name, each.features), t).double()
+                        for split, each in test.items()
+                    }
+                elif name in tuned:
+                    scores[name] = {s: tuned[name].score(each) for s, each in test.items()}
+            except UnavailableError as error:
+                unavailable[name] = str(error)
+                continue
+            count = sum(len(each.features) for each in test.values())
+            milliseconds = 1e6 * (time.perf_counter() - start) / count
+            times[name] = times.get(name, {}) | {"score": milliseconds}
+        id_logits = {"unpruned": model.head(h)}
+        id_logits |= {method: pruned(method, h) for method in METHODS if method in scores}
 
         table: dict[str, dict[str, dict[str, float]]] = {}
         intervals: dict[str, Any] = {}
-        resamples = parameters.evaluate.bootstrap
+        resamples = settings.bootstrap
         for method, by_set in track(scores.items(), "bootstrap (detectors)", len(scores)):
             against = {split: by_set[split] for split in names}
-            table[method] = {s: metrics.ood_metrics(by_set["test"], against[s]) for s in names}
-            table[method]["mean"] = {
-                metric: float(np.mean([table[method][split][metric] for split in names]))
-                for metric in metrics.METRICS
-            }
-            drawn = metrics.bootstrap(by_set["test"], against, resamples, parameters.seed)
+            by = {s: metrics.ood_metrics(by_set["test"], against[s]) for s in names}
+            table[method] = tables.with_means(by, kinds)
+            drawn = metrics.bootstrap(by_set["test"], against, kinds, resamples, parameters.seed)
             intervals[method] = {split: spans(values) for split, values in drawn.items()}
         result = {
             "detectors": table,
@@ -693,22 +859,106 @@ def evaluate(parameters: Parameters) -> dict[str, Any]:
             name: spans(metrics.calibration_intervals(f, labels, resamples, parameters.seed))
             for name, f in id_logits.items()
         }
-    write_scores(scores, {"test": h, **ood}, labels, head)
+        ood = {name: test[name].features for name in names}
+        oracle = oracles(parameters, measured, chosen, h, labels, ood)
+    ranks = tables.ranks(table, names)
+    split_features = {split: each.features for split, each in test.items()}
+    write_scores(scores, split_features, labels, model.head)
     write_roc(scores, names)
     write_json(artifacts.INTERVALS, {"detectors": intervals, "id": id_intervals})
-    write_json(
-        artifacts.EVALUATION,
-        {
-            "hyperparameters": tuned,
-            "sets": {
-                s: {"kind": manifest.ood[s].role, "count": manifest.ood[s].count} for s in names
-            },
-            "id_test_samples": len(h),
-        },
-    )
+    evaluation = {
+        "hyperparameters": {name: hyperparameters[name] for name in scores},
+        "trials": {name: trials[name] for name in scores},
+        "sets": {s: {"kind": kinds[s], "count": manifest.ood[s].count} for s in names},
+        "id_test_samples": len(h),
+        "ranks": ranks,
+        "unavailable": unavailable,
+        "oracle": oracle,
+    }
+    write_json(artifacts.EVALUATION, evaluation)
+    write_comparison(table, intervals, evaluation)
+    write_json(artifacts.TIMES, times)
     # The metrics come last: where they are, everything is.
     write_json(artifacts.METRICS, result)
     return result
+
+
+def chosen_candidate(record: dict[str, Any]) -> Candidate:
+    """The candidate of a record that `search` wrote."""
+    return Candidate(
+        (record["weights_low"], record["weights_high"]),
+        (record["neurons_low"], record["neurons_high"]),
+        record["neuron_sensitivity"],
+        record["threshold"],
+        record["temperature"],
+    )
+
+
+def pruning_to_try(parameters: Parameters, chosen: dict[str, Candidate]) -> list[Candidate]:
+    """What a detector may prune in combination: what the search chose, and neurons of one end.
+
+    Detectors of features heed no weights, and what is best for the energy need not be for them.
+    """
+    settings = parameters.search
+    ends = [(0.0, high) for high in settings.neurons_high if high]
+    ends += [(low, 0.0) for low in settings.neurons_low if low]
+    return [
+        *(replace(chosen[method], clip=None) for method in ("opp", "onp", "opnp")),
+        *(Candidate((0.0, 0.0), end, kind) for kind in settings.neuron_sensitivity for end in ends),
+    ]
+
+
+def oracles(
+    parameters: Parameters,
+    measured: list[Sensitivity],
+    chosen: dict[str, Candidate],
+    h: Tensor,
+    labels: Tensor,
+    ood: dict[str, Tensor],
+) -> dict[str, Any]:
+    """What choosing masks on the test sets themselves would have given, which nobody may do.
+
+    Beside the lowest mean FPR95 of any candidate stands how much of its gain over the unpruned head
+    the mask chosen without these sets keeps.
+    """
+    model, _, _ = backbones.load(artifacts.BACKBONE)
+    restrictions = {method: METHODS[method] for method in ("opnp", "opnp+react")}
+    tested = search_masks(
+        model.head,
+        h,
+        ood,
+        measured,
+        grid_of(parameters),
+        labels=labels,
+        max_accuracy_drop=parameters.search.max_accuracy_drop,
+        restrictions=restrictions,
+        resamples=2,
+        progress=lambda trials, count: track(trials, "oracle (masks)", count),
+    )
+    percentiles = {each["threshold"]: each["clip"] for each in settings_of(parameters)}
+    by_candidate = {trial.candidate: trial.mean_fpr95 for trial in tested.trials}
+    unpruned, found = tested.trials[0].mean_fpr95, {}
+    for method in restrictions:
+        lowest = tested.choices[method].lowest
+        gain = unpruned - lowest.mean_fpr95
+        kept = unpruned - by_candidate[chosen[method]]
+        found[method] = candidate_record(lowest.candidate, percentiles) | {
+            "fpr95": lowest.mean_fpr95,
+            "kept": 100 * kept / gain if gain > 0 else 100.0,
+        }
+    return found
+
+
+def write_comparison(
+    table: dict[str, Any], intervals: dict[str, Any], evaluation: dict[str, Any]
+) -> None:
+    """The comparison as a long table and as Markdown."""
+    from opnp import tables
+
+    write_table(artifacts.COMPARISON, tables.long_table(table, intervals, evaluation))
+    text = tables.to_markdown(table, intervals, evaluation)
+    with atomic(artifacts.COMPARISON_TEXT) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def spans(intervals: dict[str, tuple[float, float]]) -> dict[str, dict[str, float]]:
@@ -716,26 +966,6 @@ def spans(intervals: dict[str, tuple[float, float]]) -> dict[str, dict[str, floa
 
 
 PERCENTAGES = ("weights_low", "weights_high", "neurons_low", "neurons_high", "neuron_sensitivity")
-
-
-def method_mask(parameters: Parameters, method: str, found: dict[str, Any]) -> PruningMask:
-    """The mask of a method; that of OPNP is the one the search has saved.
-
-    Raises:
-        InputError: the saved mask is missing, damaged or for another backbone.
-    """
-    if method == "opnp":
-        again = "run `python -m flows.search`"
-        _, metadata = tensors.load(artifacts.MASK, again)
-        if metadata.get("backbone") != digest(artifacts.BACKBONE):
-            raise InputError(f"{artifacts.MASK} is for another head: {again}.")
-        return PruningMask.load(artifacts.MASK)
-    chosen = found[method]
-    return Candidate(
-        (chosen["weights_low"], chosen["weights_high"]),
-        (chosen["neurons_low"], chosen["neurons_high"]),
-        chosen["neuron_sensitivity"],
-    ).mask(read_sensitivity(parameters))
 
 
 def write_scores(

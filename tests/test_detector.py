@@ -1,4 +1,4 @@
-"""OPNP as a detector of pytorch-ood, and the detectors it is compared with."""
+"""OPNP as a detector of pytorch-ood, alone and before other detectors."""
 
 import subprocess
 import sys
@@ -7,19 +7,22 @@ from functools import partial
 from itertools import product
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pytorch_ood.api import FeaturesDetector, ModelNotSetException, RequiresFittingException
 from pytorch_ood.benchmark import Benchmark
-from pytorch_ood.detector import DICE, EnergyBased, MaxLogit, MaxSoftmax, ReAct
+from pytorch_ood.detector import GEN, GMM, KNN, EnergyBased, Mahalanobis, ReAct, ViM
+from pytorch_ood.detector.ash import ash_s
+from pytorch_ood.detector.scale import scale
 from pytorch_ood.utils import GridSearch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import opnp
-from opnp import OPNP, comparison
-from opnp.energy import energy_score, linear_head
-from opnp.errors import InputError
+from opnp import OPNP
+from opnp.energy import bias_of, energy_score, linear_head
+from opnp.errors import InputError, UnavailableError
 from opnp.masks import Percentages, PruningMask
 from opnp.metrics import ood_metrics
 from opnp.sensitivity import NeuronSensitivity, neuron_sensitivity, parameter_sensitivity
@@ -315,96 +318,162 @@ def test_a_head_without_bias_scores_as_one_with_a_zero_bias() -> None:
     assert torch.equal(*scores)
 
 
-ENERGY = partial(EnergyBased.score, t=1.5)
+def shaped(shape: Callable[[Tensor, float], Tensor], h: Tensor) -> Tensor:
+    return shape(h[:, :, None, None], 0.65).flatten(1)
 
-# What the comparison runs on cached features against the library run on inputs.
-DIRECT: dict[str, Callable[[], Any]] = {
-    "msp": lambda: MaxSoftmax(MODEL, t=1.5),
-    "maxlogit": lambda: MaxLogit(MODEL),
-    "energy": lambda: EnergyBased(MODEL, t=1.5),
-    "react": lambda: ReAct(ENCODER, HEAD, percentile=0.9, detector=ENERGY).fit(
-        loader((TRAIN, LABELS))
+
+def threshold(h: Tensor) -> float:
+    return float(np.percentile(h.numpy(), 90))
+
+
+# Scores of features x of a head (K, L), fitted on h, by the library or by its formula.
+SCORES: dict[str, Callable[[Tensor, Tensor, nn.Linear], Tensor]] = {
+    "gen": lambda h, x, head: GEN.score(head(x)),
+    "react": lambda h, x, head: EnergyBased.score(head(x.clip(max=threshold(h)))),
+    "ash": lambda h, x, head: EnergyBased.score(head(shaped(ash_s, x))),
+    "scale": lambda h, x, head: EnergyBased.score(head(shaped(scale, x))),
+    "knn": lambda h, x, head: KNN(None).fit_features(h, LABELS).predict_features(x),
+    "vim": lambda h, x, head: (
+        ViM(None, WIDTH // 2, head.weight, bias_of(head))
+        .fit_features(h, LABELS)
+        .predict_features(x)
     ),
-    "dice": lambda: DICE(ENCODER, HEAD.weight, HEAD.bias, p=0.9, detector=ENERGY).fit(
-        loader((TRAIN, LABELS))
-    ),
+    "gmm": lambda h, x, head: GMM(None).fit_features(h, LABELS).predict_features(x),
+    "mahalanobis": lambda h, x, head: Mahalanobis(None).fit_features(h, LABELS).predict_features(x),
+}
+SEEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "react": lambda h: h.clip(max=threshold(h)),
+    "ash": partial(shaped, ash_s),
+    "scale": partial(shaped, scale),
+}
+# The same detectors as a function, and as the library's own on bare logits and features.
+GIVEN: dict[str, tuple[str, Any]] = {
+    **{name: (name, name) for name in SCORES},
+    "GEN.score": ("gen", GEN.score),
+    "GEN": ("gen", GEN(None)),
+    "KNN": ("knn", KNN(None)),
+    "GMM": ("gmm", GMM(None)),
 }
 
 
-@pytest.mark.parametrize("name", DIRECT)
-def test_the_comparison_scores_features_as_the_library_scores_inputs(name: str) -> None:
-    detector = comparison.DETECTORS[name](HEAD, 1.5)
-    comparison.fit(detector, ENCODER(TRAIN), LABELS)
-    found = comparison.score(detector, HEAD, ENCODER(VALID))
-    with torch.no_grad():
-        torch.testing.assert_close(found, DIRECT[name]().predict(VALID).double())
+@pytest.mark.parametrize("case", GIVEN)
+def test_with_nothing_pruned_another_detector_scores_as_it_does_alone(case: str) -> None:
+    name, given = GIVEN[case]
+    h, x = ENCODER(TRAIN), ENCODER(VALID)
+    expected = SCORES[name](h, x, HEAD)
+    assert torch.equal(fitted(detector=given).predict_features(x), expected)
+    nothing = PruningMask(torch.ones(K, WIDTH, dtype=torch.bool), torch.ones(WIDTH).bool())
+    known = OPNP.from_mask(ENCODER, HEAD, nothing, detector=given)
+    assert known.requires_fit == (name not in ("gen", "ash", "scale"))
+    if known.requires_fit:
+        with pytest.raises(RequiresFittingException):
+            known.predict(VALID)
+        known.fit_features(h, LABELS)
+    assert torch.equal(known.predict(VALID), expected)
 
 
-@pytest.mark.parametrize("name", comparison.DETECTORS)
-def test_every_detector_scores_any_number_of_features(name: str) -> None:
-    detector = comparison.DETECTORS[name](HEAD, 1.0)
-    comparison.fit(detector, ENCODER(TRAIN), LABELS)
-    features = ENCODER(drawn(8, comparison.BATCH + 5, 5))
-    scores = comparison.score(detector, HEAD, features)
-    assert scores.shape == (len(features),)
-    assert scores.dtype == torch.float64
-    assert scores.isfinite().all()
-    tail = comparison.score(detector, HEAD, features[-9:])
-    torch.testing.assert_close(scores[-9:], tail, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("case", GIVEN)
+def test_another_detector_scores_the_pruned_model(case: str) -> None:
+    name, given = GIVEN[case]
+    h, x = ENCODER(TRAIN), ENCODER(VALID)
+    seen = SEEN[name](h) if name in SEEN else h
+    mask = PruningMask.from_sensitivity(
+        parameter_sensitivity(seen, HEAD.weight, HEAD.bias),
+        neuron_sensitivity(seen, HEAD.weight, HEAD.bias),
+        **CUTS,
+    )
+    head = linear_head(HEAD.weight * mask.weights * mask.neurons, HEAD.bias)
+    expected = SCORES[name](h * mask.neurons, x * mask.neurons, head)
+    detector = fitted(**CUTS, detector=given)
+    assert torch.equal(detector.predict(VALID), expected)
+    assert detector.mask is not None
+    assert torch.equal(detector.mask.kept, mask.kept)
+    assert not torch.allclose(expected, SCORES[name](h, x, HEAD))
+    again = OPNP.from_mask(ENCODER, HEAD, mask, detector=given).fit_features(h, LABELS)
+    assert again.mask is mask
+    assert torch.equal(again.predict(VALID), expected)
 
 
-@pytest.mark.parametrize("name", comparison.DETECTORS)
-def test_every_detector_takes_a_head_without_bias(name: str) -> None:
-    bare = without_bias()
-    detector = comparison.DETECTORS[name](bare, 1.0)
-    comparison.fit(detector, ENCODER(TRAIN), LABELS)
-    assert comparison.score(detector, bare, ENCODER(VALID)).isfinite().all()
+@pytest.mark.parametrize("name", SEEN)
+def test_the_sensitivity_is_of_the_features_that_the_head_is_given(name: str) -> None:
+    found = fitted(detector=name).sensitivity
+    assert found is not None
+    h = ENCODER(TRAIN)
+    expected = parameter_sensitivity(SEEN[name](h), HEAD.weight, HEAD.bias)
+    torch.testing.assert_close(found.weights, expected)
+    assert not torch.allclose(expected, parameter_sensitivity(h, HEAD.weight, HEAD.bias))
 
 
-def remade(name: str, parameter: str, value: float) -> Any:
-    made = {
-        "react": lambda: ReAct(nn.Identity(), HEAD, percentile=value),
-        "dice": lambda: DICE(None, HEAD.weight, HEAD.bias, p=value),
-    }[name]()
-    assert getattr(made, parameter) == value
-    comparison.fit(made, ENCODER(TRAIN), LABELS)
-    return made
+def test_a_detector_that_is_given_is_copied() -> None:
+    given = KNN(None, k=5)
+    one, other = fitted(detector=given), OPNP(ENCODER, HEAD, detector=given)
+    other.set_hyperparameters(k=7)
+    assert given.k == 5
+    assert not given._is_fitted
+    assert one.get_hyperparameters()["k"] == 5
+    assert other.get_hyperparameters()["k"] == 7
 
 
-@pytest.mark.parametrize(("name", "parameter"), [("react", "percentile"), ("dice", "p")])
-def test_tuning_picks_what_brute_force_picks_and_leaves_it_fitted(
-    name: str, parameter: str
-) -> None:
-    inside = ENCODER(VALID)
-    sets = {"a": ENCODER(OUTLIERS), "b": ENCODER(5 * OUTLIERS[:17])}
-    detector = comparison.DETECTORS[name](HEAD, 1.0)
-    values = detector.hyperparameter_space[parameter]
-    chosen = comparison.tune(detector, HEAD, (ENCODER(TRAIN), LABELS), inside, sets)
+def test_hyperparameters_are_those_of_the_pruning_and_of_the_detector() -> None:
+    detector = OPNP(ENCODER, HEAD, **CUTS, detector="react")
+    space = OPNP.hyperparameter_space | ReAct.hyperparameter_space
+    assert detector.hyperparameter_space == space
+    assert OPNP(ENCODER, HEAD).hyperparameter_space == OPNP.hyperparameter_space
+    assert detector.get_hyperparameters() == {**CUTS, "percentile": 0.9}
+    detector.set_hyperparameters(percentile=0.95, weights=(0, 20))
+    assert detector.get_hyperparameters() == {**CUTS, "percentile": 0.95, "weights": (0, 20)}
+    with pytest.raises(ValueError, match="gamma"):
+        detector.set_hyperparameters(gamma=1.0)
 
-    def rank(value: float) -> tuple[float, float]:
-        one = remade(name, parameter, value)
-        id_scores = comparison.score(one, HEAD, inside)
-        found = [ood_metrics(id_scores, comparison.score(one, HEAD, x)) for x in sets.values()]
-        return (
-            round(sum(m["fpr95"] for m in found) / 2, 9),
-            -round(sum(m["auroc"] for m in found) / 2, 9),
-        )
 
-    ranks = [rank(value) for value in values]
-    assert len(set(ranks)) > 1
-    assert chosen == {parameter: values[ranks.index(min(ranks))]}
-    best = remade(name, parameter, chosen[parameter])
+def test_new_hyperparameters_of_the_detector_must_be_fitted() -> None:
+    detector = fitted(**CUTS, detector="ash")
+    detector.set_hyperparameters(weights=(0, 20))  # the detector is none to be fitted
     assert torch.equal(
-        comparison.score(detector, HEAD, inside), comparison.score(best, HEAD, inside)
+        detector.predict(VALID),
+        fitted(detector="ash", **{**CUTS, "weights": (0, 20)}).predict(VALID),
     )
+    detector.set_hyperparameters(percentile=0.9)  # which changes what the head is given
+    with pytest.raises(RequiresFittingException):
+        detector.predict(VALID)
+    known = OPNP.from_mask(ENCODER, HEAD, all_but_one(), detector="ash")
+    scores = known.predict(VALID)
+    assert not torch.equal(known.set_hyperparameters(percentile=0.9).predict(VALID), scores)
+    knn = fitted(**CUTS, detector="knn").set_hyperparameters(neurons=(0, 0))
+    with pytest.raises(RequiresFittingException):
+        knn.predict(VALID)
 
 
-def test_a_detector_without_hyperparameters_is_tuned_to_nothing() -> None:
-    detector = EnergyBased(None)
-    chosen = comparison.tune(
-        detector, HEAD, (ENCODER(TRAIN), LABELS), ENCODER(VALID), {"a": ENCODER(OUTLIERS)}
-    )
-    assert chosen == {}
+def all_but_one() -> PruningMask:
+    neurons = torch.ones(WIDTH, dtype=torch.bool)
+    neurons[0] = False
+    return PruningMask(torch.ones(K, WIDTH, dtype=torch.bool), neurons)
+
+
+def test_grid_search_tunes_a_composition_as_one_detector() -> None:
+    space = {"neurons": [(0.0, 0.0), (20.0, 5.0)], "percentile": [0.85, 0.99]}
+    valid = loader((VALID, torch.zeros(50, dtype=torch.long)), unknown(OUTLIERS))
+    detector = OPNP(ENCODER, HEAD, detector="react")
+    chosen = GridSearch(detector, loader((TRAIN, LABELS)), valid, space).run()
+    again = OPNP(ENCODER, HEAD, detector="react").set_hyperparameters(**chosen)
+    assert torch.equal(detector.predict(VALID), again.fit(loader((TRAIN, LABELS))).predict(VALID))
+
+
+def test_detectors_that_cannot_be_composed_are_refused() -> None:
+    with pytest.raises(InputError, match="'reakt': choose 'react'"):
+        OPNP(ENCODER, HEAD, detector="reakt")
+    with pytest.raises(UnavailableError, match="whole classifier"):
+        OPNP(ENCODER, HEAD, detector="odin")
+    with pytest.raises(InputError, match="not ReAct: give its name"):
+        OPNP(ENCODER, HEAD, detector=ReAct(ENCODER, HEAD))
+    with pytest.raises(UnavailableError, match="labels"):
+        OPNP(ENCODER, HEAD, detector="gmm").fit_features(ENCODER(TRAIN))
+
+
+def test_moving_a_composition_keeps_its_scores() -> None:
+    detector = fitted(**CUTS, detector="vim")
+    scores = detector.predict(VALID)
+    assert torch.equal(detector.to("cpu").predict(VALID), scores)
 
 
 def test_importing_the_package_imports_neither_torch_nor_pytorch_ood() -> None:

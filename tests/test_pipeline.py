@@ -37,12 +37,14 @@ def replace(path: Path, old: str, new: str) -> None:
 
 
 def mlflow_runs() -> list[Any]:
+    """Runs of the pipeline, without those of single detectors."""
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking.tracking_uri())
     experiment = client.get_experiment_by_name("opnp")
     assert experiment
-    return list(client.search_runs([experiment.experiment_id]))
+    found = client.search_runs([experiment.experiment_id])
+    return [run for run in found if tracking.PARENT not in run.data.tags]
 
 
 def test_run_ends_with_the_comparison_and_where_to_look(finished: Path) -> None:

@@ -1,0 +1,217 @@
+"""OPNP and every other detector on backbones of different kinds, several seeds of each.
+
+Every backbone and seed is a workspace of its own in FOLDER, in which the pipeline's stages run;
+a stage whose results are there is not run again, so that the benchmark can be interrupted. Goals:
+OPNP at most 0.65 × Energy's mean FPR95, averaged over the backbones; at least 90 % of the oracle's
+gain kept without OOD data; the best mean rank for a combination with OPNP.
+
+Run ``python -m benchmarks.backbones FOLDER [--params FILE] [--backbones …] [--seeds N] [--far
+NAME=SOURCE …] [--near NAME=SOURCE …] [--json]``.
+"""
+
+import argparse
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from opnp import artifacts, parameters, stages
+from opnp.files import read_json, write_json
+from opnp.parameters import Parameters
+
+__all__ = ["RECIPES", "main", "measure"]
+
+# Transformers and ConvNeXts want AdamW; otherwise all are trained alike.
+ADAMW = {"optimizer": "adamw", "learning_rate": 0.002, "weight_decay": 0.05}
+RECIPES: dict[str, dict[str, Any]] = {
+    "resnet": {"width": 32, "epochs": 6, "precision": "bfloat16"},
+    "convnext": {"width": 32, "epochs": 8, "precision": "bfloat16", **ADAMW},
+    "vit": {"width": 16, "epochs": 10, "precision": "float32", **ADAMW},
+}
+
+OUTPUTS = {
+    "fetch": artifacts.MANIFEST,
+    "train": artifacts.TRAINING,
+    "features": Path("features.done"),
+    "sensitivity": artifacts.SENSITIVITY,
+    "search": artifacts.SEARCH,
+    "evaluate": artifacts.METRICS,
+}
+IMAGE_DETECTORS = ("odin", "opnp+odin", "rankfeat", "nac")
+"""These cost minutes a backbone on a CPU: only the first seed of each has them."""
+
+
+def configured(
+    chosen: Parameters, backbone: str, seed: int, near: dict[str, str], far: dict[str, str]
+) -> Parameters:
+    """The parameters of one workspace."""
+    values = chosen.model_dump()
+    values["seed"] = values["data"]["seed"] = seed
+    values["data"]["near"] |= near
+    values["data"]["far"] |= far
+    values["train"] |= {"backbone": backbone, "threads": 1, **RECIPES[backbone]}
+    if seed:
+        values["evaluate"]["detectors"] = [
+            name for name in chosen.evaluate.detectors if name not in IMAGE_DETECTORS
+        ]
+    return Parameters.model_validate(values)
+
+
+def measure(chosen: Parameters, folder: Path) -> dict[str, Any]:
+    """Run the stages that have not run with these parameters; what they found."""
+    folder.mkdir(parents=True, exist_ok=True)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        for stage, output in OUTPUTS.items():
+            relevant = {key: getattr(chosen, key) for key in SECTIONS[stage]}
+            made_with = {
+                key: value.model_dump() if hasattr(value, "model_dump") else value
+                for key, value in relevant.items()
+            }
+            record = Path(f"{stage}.parameters.json")
+            if output.exists() and record.exists() and json.loads(record.read_text()) == made_with:
+                continue
+            for later in list(OUTPUTS)[list(OUTPUTS).index(stage) :]:
+                Path(f"{later}.parameters.json").unlink(missing_ok=True)
+            getattr(stages, stage)(chosen)
+            if stage == "features":
+                output.touch()
+            write_json(record, made_with)
+        return {
+            "metrics": read_json(artifacts.METRICS, "evaluate"),
+            "evaluation": read_json(artifacts.EVALUATION, "evaluate"),
+            "search": read_json(artifacts.SEARCH, "search"),
+            "training": read_json(artifacts.TRAINING, "train"),
+            "times": read_json(artifacts.TIMES, "evaluate"),
+        }
+    finally:
+        os.chdir(before)
+
+
+SECTIONS = {
+    "fetch": ("data",),
+    "train": ("seed", "data", "train"),
+    "features": ("seed", "data", "train", "features"),
+    "sensitivity": ("seed", "data", "train", "features"),
+    "search": ("seed", "data", "train", "features", "search"),
+    "evaluate": ("seed", "data", "train", "features", "search", "evaluate", "energy"),
+}
+
+
+def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Figures over the seeds of each backbone, and the goals."""
+    backbones: dict[str, Any] = {}
+    for backbone, runs in found.items():
+        common = [
+            name
+            for name in runs[0]["metrics"]["detectors"]
+            if all(name in run["metrics"]["detectors"] for run in runs)
+        ]
+        backbones[backbone] = {
+            "id_accuracy": [run["metrics"]["id"]["unpruned"]["accuracy"] for run in runs],
+            "mean_fpr95": {
+                name: [run["metrics"]["detectors"][name]["mean"]["fpr95"] for run in runs]
+                for name in common
+            },
+            "mean_rank": {
+                name: [run["evaluation"]["ranks"][name]["mean"] for run in runs] for name in common
+            },
+            "kept": {
+                method: [run["evaluation"]["oracle"][method]["kept"] for run in runs]
+                for method in ("opnp", "opnp+react")
+            },
+            "oracle": {
+                method: [run["evaluation"]["oracle"][method]["fpr95"] for run in runs]
+                for method in ("opnp", "opnp+react")
+            },
+        }
+    ratios = {
+        name: mean(of["mean_fpr95"]["opnp"]) / mean(of["mean_fpr95"]["energy"])
+        for name, of in backbones.items()
+    }
+    ranks = defaultdict(list)
+    for of in backbones.values():
+        for name, values in of["mean_rank"].items():
+            ranks[name].append(mean(values))
+    mean_ranks = dict(
+        sorted(
+            ((name, mean(values)) for name, values in ranks.items() if len(values) == len(found)),
+            key=lambda item: item[1],
+        )
+    )
+    kept = {name: mean(of["kept"]["opnp"]) for name, of in backbones.items()}
+    best = next(iter(mean_ranks))
+    return {
+        "backbones": backbones,
+        "mean_rank": mean_ranks,
+        "goals": [
+            {
+                "goal": "OPNP / Energy, mean FPR95, averaged over backbones, at most 0.65",
+                "measured": mean(ratios.values()),
+                "by_backbone": ratios,
+                "met": mean(ratios.values()) <= 0.65,
+            },
+            {
+                "goal": "share in percent of the oracle's gain that OPNP keeps, at least 90",
+                "measured": mean(kept.values()),
+                "by_backbone": kept,
+                "met": mean(kept.values()) >= 90,
+            },
+            {
+                "goal": "the best mean rank is that of a combination with OPNP",
+                "measured": best,
+                "met": best.startswith("opnp"),
+            },
+        ],
+    }
+
+
+def pairs(values: list[str]) -> dict[str, str]:
+    return dict(value.split("=", 1) for value in values)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m benchmarks.backbones", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--params", type=Path, default=Path("presets/fashion-mnist.yaml"))
+    parser.add_argument("--backbones", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--near", nargs="*", default=[], metavar="NAME=SOURCE")
+    parser.add_argument("--far", nargs="*", default=[], metavar="NAME=SOURCE")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    arguments = parser.parse_args()
+    chosen = parameters.load(arguments.params)
+    near, far = pairs(arguments.near), pairs(arguments.far)
+    found = {
+        backbone: [
+            measure(
+                configured(chosen, backbone, seed, near, far),
+                arguments.folder / f"{arguments.params.stem}-{backbone}-{seed}",
+            )
+            for seed in range(arguments.seeds)
+        ]
+        for backbone in arguments.backbones
+    }
+    result = summary(found)
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+        return
+    table = Table(title=f"mean FPR95 in %, mean of {arguments.seeds} seeds, {arguments.params}")
+    for column in ("detector", *found, "mean rank"):
+        table.add_column(column, justify="left" if column == "detector" else "right")
+    for name, rank in result["mean_rank"].items():
+        figures = [mean(of["mean_fpr95"][name]) for of in result["backbones"].values()]
+        table.add_row(name, *(f"{figure:.1f}" for figure in figures), f"{rank:.1f}")
+    Console().print(table)
+    for goal in result["goals"]:
+        print(f"goal: {goal['goal']}; measured: {goal['measured']}; met: {goal['met']}")
+
+
+if __name__ == "__main__":
+    main()
