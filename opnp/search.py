@@ -325,12 +325,13 @@ class Judge:
     def scores(
         self, measured: Sequence[Sensitivity], candidates: Sequence[Candidate]
     ) -> dict[Candidate, Tensor]:
-        """Outlier scores of all samples, (samples,), for a few candidates."""
-        return {
+        """Outlier scores of all samples, (samples,), for a few candidates, in their order."""
+        found = {
             candidate: row
             for group, scores, _, _ in self.scored(measured, candidates)
             for candidate, row in zip(group, scores, strict=True)
         }
+        return {candidate: found[candidate] for candidate in candidates}
 
     def scored(
         self, measured: Sequence[Sensitivity], candidates: Sequence[Candidate]
