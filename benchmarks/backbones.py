@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from opnp import artifacts, parameters, stages
+from opnp import artifacts, parameters, stages, tables
 from opnp.files import read_json, write_json
 from opnp.parameters import Parameters
 
@@ -52,7 +53,7 @@ def configured(
     seed: int,
     near: dict[str, str],
     far: dict[str, str],
-    on_images: bool = False,
+    without: Sequence[str],
 ) -> Parameters:
     """The parameters of one workspace."""
     values = chosen.model_dump()
@@ -60,10 +61,9 @@ def configured(
     values["data"]["near"] |= near
     values["data"]["far"] |= far
     values["train"] |= {"backbone": backbone, "threads": 1, **RECIPES[backbone]}
-    if not on_images:
-        values["evaluate"]["detectors"] = [
-            name for name in chosen.evaluate.detectors if name not in IMAGE_DETECTORS
-        ]
+    values["evaluate"]["detectors"] = [
+        name for name in chosen.evaluate.detectors if name not in without
+    ]
     return Parameters.model_validate(values)
 
 
@@ -124,9 +124,6 @@ def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
                 name: [run["metrics"]["detectors"][name]["mean"]["fpr95"] for run in runs]
                 for name in common
             },
-            "mean_rank": {
-                name: [run["evaluation"]["ranks"][name]["mean"] for run in runs] for name in common
-            },
             "kept": {
                 method: [run["evaluation"]["oracle"][method]["kept"] for run in runs]
                 for method in ("opnp", "opnp+react")
@@ -140,15 +137,16 @@ def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         name: mean(of["mean_fpr95"]["opnp"]) / mean(of["mean_fpr95"]["energy"])
         for name, of in backbones.items()
     }
-    ranks = defaultdict(list)
-    for of in backbones.values():
-        for name, values in of["mean_rank"].items():
-            ranks[name].append(mean(values))
+    # Ranks among the detectors that every run has, whatever else some of them compared.
+    runs = [run for of in found.values() for run in of]
+    everywhere = set.intersection(*(set(run["metrics"]["detectors"]) for run in runs))
+    ranks: dict[str, list[float]] = defaultdict(list)
+    for run in runs:
+        shared = {name: run["metrics"]["detectors"][name] for name in sorted(everywhere)}
+        for name, of in tables.ranks(shared, list(run["evaluation"]["sets"])).items():
+            ranks[name].append(of["mean"])
     mean_ranks = dict(
-        sorted(
-            ((name, mean(values)) for name, values in ranks.items() if len(values) == len(found)),
-            key=lambda item: item[1],
-        )
+        sorted(((name, mean(of)) for name, of in ranks.items()), key=lambda item: item[1])
     )
     kept = {name: mean(of["kept"]["opnp"]) for name, of in backbones.items()}
     best = next(iter(mean_ranks))
@@ -206,7 +204,7 @@ def main() -> None:
     parser.add_argument("--near", nargs="*", default=[], metavar="NAME=SOURCE")
     parser.add_argument("--far", nargs="*", default=[], metavar="NAME=SOURCE")
     parser.add_argument(
-        "--image-detectors", action="store_true", help=f"compare {', '.join(IMAGE_DETECTORS)} too"
+        "--without", nargs="*", default=IMAGE_DETECTORS, metavar="DETECTOR", help="left out"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
@@ -215,7 +213,7 @@ def main() -> None:
     found = {
         backbone: [
             measure(
-                configured(chosen, backbone, seed, near, far, arguments.image_detectors),
+                configured(chosen, backbone, seed, near, far, arguments.without),
                 arguments.folder / f"{arguments.params.stem}-{backbone}-{seed}",
             )
             for seed in range(arguments.seeds)

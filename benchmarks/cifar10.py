@@ -12,6 +12,7 @@ FOLDER is not run again. The goals are those of `benchmarks.backbones`.
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def prepare(data: Path, folder: Path) -> None:
             pq.write_table(pa.table(columns), temporary)
 
 
-def configured(chosen: Parameters, prepared: Path, seed: int) -> Parameters:
+def configured(chosen: Parameters, prepared: Path, seed: int, without: Sequence[str]) -> Parameters:
     """The parameters of one workspace."""
     values: dict[str, Any] = chosen.model_dump()
     values["seed"] = values["data"]["seed"] = seed
@@ -74,7 +75,7 @@ def configured(chosen: Parameters, prepared: Path, seed: int) -> Parameters:
         "far": {name: str(prepared / f"{name}.parquet") for name in ("textures", "mnist")},
     }
     values["evaluate"]["detectors"] = [
-        name for name in chosen.evaluate.detectors if name not in IMAGE_DETECTORS
+        name for name in chosen.evaluate.detectors if name not in without
     ]
     values["train"] |= {"epochs": 14, "precision": "bfloat16", "shift_pixels": 3, "threads": 1}
     return Parameters.model_validate(values)
@@ -86,6 +87,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--params", type=Path, default=Path("presets/fashion-mnist.yaml"))
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument(
+        "--without", nargs="*", default=IMAGE_DETECTORS, metavar="DETECTOR", help="left out"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     chosen = parameters.load(arguments.params)
@@ -93,7 +97,10 @@ def main() -> None:
     if not (prepared / "mnist.parquet").is_file():
         prepare(arguments.data, prepared)
     runs = [
-        measure(configured(chosen, prepared, seed), arguments.folder / f"cifar10-resnet-{seed}")
+        measure(
+            configured(chosen, prepared, seed, arguments.without),
+            arguments.folder / f"cifar10-resnet-{seed}",
+        )
         for seed in range(arguments.seeds)
     ]
     show(summary({"resnet": runs}), arguments.json, f"CIFAR-10, {arguments.seeds} seed(s)")

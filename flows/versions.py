@@ -28,7 +28,7 @@ def repository() -> Iterator[Any]:
     from dvc.exceptions import DvcException, NotDvcRepoError
     from dvc.repo import Repo
 
-    logging.getLogger("dvc").setLevel(logging.WARNING)  # no hints on git between our own lines
+    logging.getLogger("dvc").setLevel(logging.ERROR)  # no hints on git, no word on empty folders
     try:
         with Repo() as repo:
             yield repo

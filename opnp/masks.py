@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 from math import floor
 from pathlib import Path
 from typing import Any, Self
@@ -33,6 +34,7 @@ def check_percentages(name: str, percentages: Percentages) -> None:
         )
 
 
+@lru_cache(maxsize=4096)  # a search asks for the same few thousands of times
 def pruned_count(n: int, percentage: float) -> int:
     """How many of ``n`` weights or neurons a percentage prunes, rounded half up."""
     # A fraction of the decimal that was written: 9.2 % of 375 is 34.5, which floats put below.

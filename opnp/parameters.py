@@ -120,8 +120,8 @@ class Search(Section):
                     f"{what}_low {max(low):g} and {what}_high {max(high):g} together prune "
                     "100 % or more"
                 )
-        if None not in self.clip:
-            raise ValueError("clip must hold null: OPP, ONP and OPNP do not clip")
+        if self.clip[:1] != [None]:
+            raise ValueError("clip must begin with null: the unpruned head and OPNP do not clip")
         for what in ("clip", "temperature"):
             if len(set(getattr(self, what))) < len(getattr(self, what)):
                 raise ValueError(f"{what} holds a value twice")
@@ -173,12 +173,17 @@ class Parameters(Section):
 
     @model_validator(mode="after")
     def consistent(self) -> Self:
-        tested = {*self.data.near.values(), *self.data.far.values()}
+        def place(source: str) -> str:
+            return str(Path(source).resolve()) if Path(source).exists() else source
+
+        used = [self.data.id, *self.data.near.values(), *self.data.far.values()]
         for name, source in self.search.outliers.items():
-            if source in tested:
+            if source == "held-out":
+                raise ValueError(f"search.outliers: {name} cannot be of held-out, a test set")
+            if place(source) in map(place, used):
                 raise ValueError(
-                    f"search.outliers: {name} is of {source}, which is a test set as well: the "
-                    "search must not see it"
+                    f"search.outliers: {name} is of {source}, which is a test set or the ID data: "
+                    "the search must not see it"
                 )
         for family in self.search.proxies:
             grid = int(family.removeprefix("jigsaw-")) if family.startswith("jigsaw-") else 1
@@ -226,4 +231,4 @@ def describe(error: Any) -> str:
     message = error["msg"].removeprefix("Value error, ")
     got = "" if error["type"] in ("missing", "value_error") else f" (it is {error['input']!r})"
     where = f"`{key}`: " if key else ""
-    return f"{where}{message[0].lower()}{message[1:]}{got}."
+    return f"{where}{message[0].lower()}{message[1:]}{got}{'' if message.endswith('?') else '.'}"

@@ -155,9 +155,10 @@ class Choice:
 
     Attributes:
         trial: the chosen one.
-        lowest: the trial of lowest mean FPR95, which may have been chosen as well.
+        lowest: the trial of lowest mean FPR95, stable or not; it may have been chosen as well.
         interval: 95 % bootstrap interval of the chosen trial's mean FPR95, in percent.
-        within_noise: number of trials whose figures lie no higher above the lowest than noise.
+        within_noise: number of trials no more than a standard error above the figure that is lowest
+            with its instability added.
         instability: half the difference, in points of mean FPR95, between the masks that either
             half of the training samples makes of the candidate; NaN if there are no halves.
     """
@@ -224,8 +225,8 @@ def search_masks(
         progress: wraps the trials, whose number it is told, while they are measured.
 
     Raises:
-        InputError: shapes disagree, a set is empty, the grid is out of range, or two sensitivities
-            are of the same clip and temperature.
+        InputError: shapes disagree, a set is empty, the grid is out of range, two sensitivities are
+            of the same clip and temperature, or a restriction allows no candidate.
     """
     measured = [sensitivity] if isinstance(sensitivity, Sensitivity) else list(sensitivity)
     weight, bias = head.weight.detach(), bias_of(head)
@@ -233,8 +234,10 @@ def search_masks(
         raise InputError("The search needs at least one set of outliers.")
     if not measured or len({(s.clip, s.temperature) for s in measured}) < len(measured):
         raise InputError("The search needs one sensitivity for each clip and temperature.")
+    if resamples < 2 or "all" in (restrictions or {}):
+        raise InputError("The search needs two resamples or more, and no restriction named `all`.")
     for name, features in {"ID validation": id_features, **outliers}.items():
-        check_head(features, weight, bias, measured[0].temperature)
+        check_head(features, weight, bias, min(each.temperature for each in measured))
         if len(features) == 0:
             raise InputError(f"The set {name!r} is empty: the search needs samples in every set.")
     if labels is not None and labels.shape != id_features.shape[:1]:
@@ -411,6 +414,7 @@ class Judge:
         # Of each corner the greatest partial logit, and the exponentials of all relative to it.
         tops = self.samples.new_empty(corners[0], block, corners[1])
         powers = self.samples.new_empty(corners[0], block, corners[1], k)
+        votes: Iterator[Tensor]
         for start, stop in zip(starts, [*starts[1:], len(self.samples)], strict=True):
             h = self.samples[start:stop].index_select(1, ascending)
             if sensitivity.clip is not None:
@@ -430,25 +434,26 @@ class Judge:
                 sums = terms[:, :lows] @ terms[:, lows:].transpose(1, 2)  # over the classes
                 if sums.min() > TINY:
                     energy = sums.log_().add_(shift[:, :lows, None]).add_(shift[:, None, lows:])
+                    pairs = product(range(lows), range(lows, corners[1]))
+                    votes = (terms[:, a] * terms[:, b] for a, b in pairs)
                 else:
                     pruned_head = head * (kept[low] | kept[high])
-                    energies = [
-                        (h[:, a:b] @ pruned_head[:, a:b].T + bias).logsumexp(dim=1)
-                        for a, b in n.kept
-                    ]
-                    energy = torch.stack(energies, dim=1)
+                    cells = [h[:, a:b] @ pruned_head[:, a:b].T + bias for a, b in n.kept]
+                    energy = torch.stack([cell.logsumexp(dim=1) for cell in cells], dim=1)
+                    votes = iter(cells)
                 scores[row, :, start:stop] = energy.mul_(-t).flatten(1).T
                 if self.labels is not None and start < self.inside:
-                    labels = self.labels[start:stop, None].to(device)
-                    for cell, (a, b) in enumerate(product(range(lows), range(lows, corners[1]))):
-                        best = (terms[:, a] * terms[:, b]).argmax(dim=1, keepdim=True)
-                        hits[row, cell] += (best == labels).sum()
+                    labels = self.labels[start:stop].to(device)
+                    for cell, vote in enumerate(votes):
+                        hits[row, cell] += (vote.argmax(dim=1) == labels).sum()
         return scores, hits, pruned
 
 
 @dataclass(frozen=True)
 class Cuts:
     """The intervals of an ascending order that low and high cuts leave, each in two parts.
+
+    Every low cut must end before every high cut begins, as in a valid `Grid`.
 
     Attributes:
         n: length of the order.
@@ -529,6 +534,10 @@ def choose(
     floor = trials[0].accuracy - max_accuracy_drop
     # Without labels accuracies are NaN, and no comparison with NaN holds: nothing is excluded.
     accurate = [t for t in trials if allowed(t.candidate) and not t.accuracy < floor - 1e-9]
+    if not accurate:
+        raise InputError(
+            "No candidate is allowed and keeps the accuracy: widen the grid, or max_accuracy_drop."
+        )
     front = pareto_front(accurate)
     candidates = [trial.candidate for trial in front]
     figures = bootstrap_means(judge, judge.scores(measured, candidates), resamples, seed)

@@ -248,7 +248,15 @@ def clip_threshold(features: Tensor, percentile: float) -> float:
 
     Source: Sun et al., "ReAct: Out-of-distribution Detection With Rectified Activations",
     NeurIPS 2021, arXiv 2111.12797, section 3.
+
+    Raises:
+        InputError: there are no features, or the percentile is not between 0 and 100.
     """
+    if features.numel() == 0 or not 0 <= percentile <= 100:
+        raise InputError(
+            f"The {percentile:g} % percentile of {len(features)} samples' features is undefined: "
+            "give one between 0 and 100, and samples."
+        )
     return float(np.percentile(features.cpu().numpy(), percentile))
 
 

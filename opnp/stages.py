@@ -491,6 +491,11 @@ def sensitivity_shards(parameters: Parameters) -> list[Path]:
     if percentiles := [each for each in parameters.search.clip if each is not None]:
         h, _ = shards.load("train", expected)
         clips = {str(each): sensitivity_module.clip_threshold(h, each) for each in percentiles}
+        if len(set(clips.values())) < len(clips):
+            raise InputError(
+                "search.clip: at two of its percentiles the training activations are the same "
+                f"({', '.join(f'{name} %: {at:g}' for name, at in clips.items())}): keep one."
+            )
     write_json(artifacts.CLIPS, clips)
     return paths
 
@@ -672,6 +677,7 @@ def search(parameters: Parameters) -> SearchResult:
         {
             **record,
             "backbone": digest(artifacts.BACKBONE),
+            "parameters": settings.model_dump(),
             "candidates": len(result.trials),
             "proxies": settings.proxies,
             "outliers": list(settings.outliers),
@@ -743,11 +749,15 @@ def evaluate(parameters: Parameters) -> dict[str, Any]:
     trained = TrainedModel(model.head, temperature, model, preprocessing.std)
     measured = read_sensitivity(parameters)
     found = read_json(artifacts.SEARCH, "python -m flows.search")
+    for key, value in (
+        ("backbone", digest(artifacts.BACKBONE)),
+        ("parameters", parameters.search.model_dump()),
+    ):
+        if found.get(key) != value:
+            raise InputError(
+                f"{artifacts.SEARCH} was made with another {key}: run `python -m flows.search`."
+            )
     chosen = {method: chosen_candidate(found[method]) for method in METHODS}
-    if found["backbone"] != digest(artifacts.BACKBONE):
-        raise InputError(
-            f"{artifacts.SEARCH} is of another backbone: run `python -m flows.search`."
-        )
 
     def samples(split: str, limit: int | None = None) -> Samples:
         [(features, labels)] = load_features(parameters, split)
@@ -842,6 +852,9 @@ def evaluate(parameters: Parameters) -> dict[str, Any]:
             count = sum(len(each.features) for each in test.values())
             milliseconds = 1e6 * (time.perf_counter() - start) / count
             times[name] = times.get(name, {}) | {"score": milliseconds}
+        if not scores:
+            reasons = " ".join(unavailable.values())
+            raise InputError(f"None of evaluate.detectors can run here: {reasons}")
         id_logits = {"unpruned": model.head(h)}
         id_logits |= {method: pruned(method, h) for method in METHODS if method in scores}
 

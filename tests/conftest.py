@@ -10,18 +10,55 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+from ruamel.yaml import YAML
+
+# Small products on more threads than cores take many times longer than on one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
 
 # What a clone holds that a run needs; the rest of a workspace is made by running.
 WORKSPACE = ("opnp", "flows", "params.yaml", "dvc.yaml", "data.dvc", ".dvc/config", ".gitignore")
 
+# What would take long and is nothing that most tests ask about; those that do set it.
+QUICK: dict[str, Any] = {
+    "search.clip": [None, 90],
+    "search.temperature": [1.0],
+    "search.bootstrap": 100,
+    "evaluate.detectors": [
+        "energy", "opp", "onp", "opnp", "opnp+react", "opnp+knn", "msp", "maxlogit", "react",
+        "dice", "knn",
+    ],
+    "evaluate.budget": 4,
+    "evaluate.bootstrap": 100,
+}  # fmt: skip
+
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=40)
 settings.load_profile("fixed")
 
 
-def new_workspace(folder: Path) -> Path:
-    """A git and DVC workspace as a fresh clone would be, with one commit."""
+def set_parameters(folder: Path, values: dict[str, Any]) -> None:
+    """Change some of a workspace's parameters, named as `SECTION.KEY`, and leave all else."""
+    path, yaml = folder / "params.yaml", YAML()
+    document = yaml.load(path.read_text())
+    for name, value in values.items():
+        *sections, key = name.split(".")
+        section = document
+        for each in sections:
+            section = section[each]
+        assert key in section, name
+        section[key] = value
+    with path.open("w") as file:
+        yaml.dump(document, file)
+
+
+def new_workspace(folder: Path, values: dict[str, Any] | None = None) -> Path:
+    """A git and DVC workspace as a fresh clone would be, with one commit.
+
+    Args:
+        folder: where.
+        values: parameters that differ from those of the repository.
+    """
     for name in WORKSPACE:
         source, target = ROOT / name, folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -29,6 +66,7 @@ def new_workspace(folder: Path) -> Path:
             shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
         else:
             shutil.copy2(source, target)
+    set_parameters(folder, values or {})
     for words in (
         ("init", "--quiet"),
         ("config", "user.name", "OPNP tests"),
@@ -71,8 +109,8 @@ def prefect_api() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> Path:
-    """A workspace in which ``python -m flows.pipeline`` has run with the default parameters."""
-    folder = new_workspace(tmp_path_factory.mktemp("finished"))
+    """A workspace in which ``python -m flows.pipeline`` has run: the default, but for `QUICK`."""
+    folder = new_workspace(tmp_path_factory.mktemp("finished"), QUICK)
     done = run_program(
         "python", "-m", "flows.pipeline", cwd=folder, env={"PREFECT_API_URL": prefect_api}
     )

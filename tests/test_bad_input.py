@@ -4,8 +4,8 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -20,13 +20,20 @@ from flows.report import report
 from flows.search import search
 from flows.sensitivity import sensitivity
 from flows.train import train
-from opnp import artifacts, backbones, parameters
+from opnp import artifacts, backbones, parameters, tensors
 from opnp.datasets import read_manifest
 from opnp.errors import InputError
-from tests.conftest import run_program
-from tests.test_pipeline import contents, replace
+from opnp.files import read_json, write_json
+from tests.conftest import run_program, set_parameters
+from tests.test_pipeline import contents
 
 Call = Callable[[object], str]
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
 
 
 def files(folder: Path) -> dict[Path, int]:
@@ -46,20 +53,29 @@ def test_a_program_says_it_in_one_line_and_fails(workspace: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "named"),
+    ("name", "value", "named"),
     [
-        ("epochs: 15", "epochs: many", "train.epochs"),
-        ("weights_low: [0, 10, 30, 50]", "weights_low: [0, 98]", "weights_low 98"),
-        ("held_out: [7, 8, 9]", "held_out: [7, 8, 12]", "data.held_out"),
-        ("held_out: [7, 8, 9]", "held_out: [1, 2, 3, 4, 5, 6, 7, 8, 9]", "at least 2"),
-        ("letters: letters", "letters: leters", "leters"),
-        ("id: digits", "id: /nowhere", "/nowhere"),
+        ("train.epochs", "many", "train.epochs"),
+        ("train.spcp", 100, "`train.spcp`"),
+        ("search.weights_low", [0, 98], "weights_low 98"),
+        ("search.clip", [80, 90], "clip must begin with null"),
+        ("search.outliers", {"more": "letters"}, "more is of letters, which is a test set as well"),
+        ("search.outliers", {"blobs": "digits"}, "blobs is a proxy's name"),
+        ("search.outliers", {"more": "leters"}, "leters"),
+        ("evaluate.detectors", ["opnp", "oddin"], "no detector 'oddin'; did you mean odin?"),
+        ("evaluate.budget", 0, "`evaluate.budget`"),
+        ("data.held_out", [7, 8, 12], "data.held_out"),
+        ("data.held_out", [1, 2, 3, 4, 5, 6, 7, 8, 9], "at least 2"),
+        ("data.far", {"letters": "leters"}, "leters"),
+        ("data.id", "/nowhere", "/nowhere"),
     ],
 )
-def test_parameters(workspace: Path, call: Call, old: str, new: str, named: str) -> None:
-    replace(workspace / "params.yaml", old, new)
+def test_parameters(workspace: Path, call: Call, name: str, value: Any, named: str) -> None:
+    set_parameters(workspace, {name: value})
     before = contents(workspace), files(workspace / "data")
-    assert named in call(fetch)
+    message = call(fetch)
+    assert named in message
+    assert "\n" not in message
     assert (contents(workspace), files(workspace / "data")) == before
 
 
@@ -85,7 +101,7 @@ def test_empty_split(workspace: Path, call: Call) -> None:
 def test_checkpoint_of_another_shape(workspace: Path, call: Call) -> None:
     other = backbones.build("resnet", 1, 7, 16, 1)
     torch.save(other.state_dict(), workspace / "other.pt")
-    replace(workspace / "params.yaml", "checkpoint: null", "checkpoint: other.pt")
+    set_parameters(workspace, {"train.checkpoint": "other.pt"})
     message = call(train)
     assert "other.pt is for another model" in message
     assert "(16, 1, 3, 3)" in message
@@ -94,7 +110,7 @@ def test_checkpoint_of_another_shape(workspace: Path, call: Call) -> None:
 def test_checkpoint_with_another_class_count(workspace: Path, call: Call) -> None:
     other = backbones.build("resnet", 1, 10, 32, 1)
     save_file(other.state_dict(), workspace / "ten.safetensors")
-    replace(workspace / "params.yaml", "checkpoint: null", "checkpoint: ten.safetensors")
+    set_parameters(workspace, {"train.checkpoint": "ten.safetensors"})
     message = call(train)
     assert "`head.weight` is (10, 128) there and (7, 128) here" in message
 
@@ -103,14 +119,14 @@ def test_truncated_checkpoint(workspace: Path, call: Call) -> None:
     other = backbones.build("resnet", 1, 7, 32, 1)
     torch.save(other.state_dict(), workspace / "cut.pt")
     os.truncate(workspace / "cut.pt", 5000)
-    replace(workspace / "params.yaml", "checkpoint: null", "checkpoint: cut.pt")
+    set_parameters(workspace, {"train.checkpoint": "cut.pt"})
     assert "cut.pt cannot be read" in call(train)
 
 
 def test_a_good_checkpoint_is_taken_as_it_is(workspace: Path, prefect_api: str) -> None:
     state = load_file(workspace / artifacts.BACKBONE)
     torch.save(state, workspace / "good.pt")
-    replace(workspace / "params.yaml", "checkpoint: null", "checkpoint: good.pt")
+    set_parameters(workspace, {"train.checkpoint": "good.pt"})
     (workspace / artifacts.BACKBONE).unlink()
     train(parameters.load())
     loaded = load_file(workspace / artifacts.BACKBONE)
@@ -150,23 +166,59 @@ def test_missing_truncated_and_foreign_shards(workspace: Path, call: Call) -> No
     assert "train/00001.arrow was made with another backbone" in call(sensitivity)
 
 
-def test_a_mask_for_another_head(workspace: Path, call: Call) -> None:
-    from opnp.masks import PruningMask
-
-    metrics = (workspace / artifacts.METRICS).read_bytes()
-    mask = PruningMask.load(workspace / artifacts.MASK)
-    mask.save(workspace / artifacts.MASK, {"backbone": "another"})
-    assert "mask.safetensors is for another head" in call(evaluate)
-    assert (workspace / artifacts.METRICS).read_bytes() == metrics
+def test_a_search_of_another_backbone(workspace: Path, call: Call) -> None:
+    before = (workspace / artifacts.METRICS).read_bytes()
+    found = read_json(artifacts.SEARCH, "")
+    write_json(artifacts.SEARCH, found | {"backbone": "another"})
+    assert "search.json is of another backbone: run `python -m flows.search`" in call(evaluate)
+    (workspace / artifacts.SEARCH).write_text("{")
+    assert "search.json" in call(evaluate)
+    assert (workspace / artifacts.METRICS).read_bytes() == before
 
 
 def test_a_sensitivity_of_another_backbone(workspace: Path, call: Call) -> None:
-    from opnp import tensors
-
     path = workspace / artifacts.SENSITIVITY
     found, metadata = tensors.load(path, "")
     tensors.save(path, found, {**metadata, "backbone": "another"})
     assert "sensitivity.safetensors is of another backbone" in call(search)
+
+
+def test_a_sensitivity_of_another_clip_or_temperature(workspace: Path, call: Call) -> None:
+    set_parameters(workspace, {"search.temperature": [5.0]})
+    for flow in (search, evaluate):
+        message = call(flow)
+        assert "is of another search.clip or search.temperature" in message
+        assert "run `python -m flows.sensitivity`" in message
+    set_parameters(workspace, {"search.temperature": [1.0], "search.clip": [None, 80]})
+    for flow in (search, evaluate):
+        message = call(flow)
+        assert "clips.json is of another search.clip: run `python -m flows.sensitiv" in message
+
+
+def test_clips_that_are_not_those_of_the_sensitivity(workspace: Path, call: Call) -> None:
+    write_json(artifacts.CLIPS, {"90.0": 0.5})
+    assert "is of another search.clip or search.temperature" in call(search)
+    (workspace / artifacts.CLIPS).write_text("{")
+    assert "clips.json" in call(search)
+    (workspace / artifacts.CLIPS).unlink()
+    assert "run `python -m flows.sensitivity`" in call(search)
+
+
+@pytest.mark.parametrize("lacking", ["a tensor", "counts", "everything"])
+def test_a_sensitivity_that_is_not_whole(workspace: Path, call: Call, lacking: str) -> None:
+    path = workspace / artifacts.SENSITIVITY
+    found, metadata = tensors.load(path, "")
+    if lacking == "a tensor":
+        del found["1/0/weights"]
+    elif lacking == "counts":
+        del metadata["counts"]
+    if lacking == "everything":
+        os.truncate(path, 100)
+    else:
+        tensors.save(path, found, metadata)
+    message = call(search)
+    assert "sensitivity.safetensors" in message
+    assert "run `python -m flows.sensitivity`" in message
 
 
 def test_an_image_that_is_none(workspace: Path, call: Call) -> None:
@@ -178,27 +230,13 @@ def test_an_image_that_is_none(workspace: Path, call: Call) -> None:
     assert "Image 3 of data/validation.parquet is not a whole image" in call(train)
 
 
-def test_constant_features_still_work(workspace: Path, prefect_api: str) -> None:
-    """Dead features are no bad input: their sensitivity is zero."""
-    measured = load_file(workspace / artifacts.SENSITIVITY)
-    assert np.isfinite(measured["weights"].numpy()).all()
-    shutil.rmtree(workspace / "artifacts/search")
-    search(parameters.load())
-    assert (workspace / artifacts.MASK).is_file()
-
-
 def test_data_fetched_with_other_parameters(workspace: Path, call: Call) -> None:
     """As `dvc exp run -S data.ood_count=50` would otherwise go on with the data that are there."""
-    replace(workspace / "params.yaml", "ood_count: 400", "ood_count: 50")
+    set_parameters(workspace, {"data.ood_count": 50})
     before = contents(workspace)
     for flow in (train, features, search, evaluate, report):
         assert "data/ was fetched with other parameters" in call(flow)
     assert contents(workspace) == before
-
-
-def test_a_sensitivity_of_another_temperature(workspace: Path, call: Call) -> None:
-    replace(workspace / "params.yaml", "temperature: 1.0", "temperature: 5.0")
-    assert "is of another energy.temperature" in call(search)
 
 
 def test_features_of_other_images(workspace: Path, call: Call) -> None:
@@ -211,9 +249,27 @@ def test_features_of_other_images(workspace: Path, call: Call) -> None:
 def test_a_source_that_fetch_would_remove(workspace: Path, call: Call) -> None:
     mine = workspace / "data" / "mine.parquet"
     shutil.copy2(workspace / "data/test.parquet", mine)
-    replace(workspace / "params.yaml", "letters: letters", "letters: data/mine.parquet")
+    set_parameters(workspace, {"data.far": {"letters": "data/mine.parquet"}})
     assert "data/mine.parquet lies in data/" in call(fetch)
     assert mine.is_file()
+
+
+def test_outliers_that_are_no_longer_what_they_were(
+    workspace: Path, prefect_api: str, call: Call
+) -> None:
+    shutil.copy2(workspace / "data/ood/letters.parquet", "mine.parquet")
+    set_parameters(workspace, {"search.outliers": {"mine": "mine.parquet"}})
+    fetch(parameters.load())
+    before = files(workspace / "data")
+    shutil.copy2(workspace / "data/ood/noise.parquet", "mine.parquet")
+    assert "data/outliers/mine.parquet has SHA-256" in call(fetch)
+    assert files(workspace / "data") == before
+    shutil.copy2(workspace / "data/test.parquet", "mine.parquet")
+    os.truncate("mine.parquet", 1000)
+    assert "mine.parquet" in call(fetch)
+    assert files(workspace / "data") == before
+    os.truncate(workspace / "data/outliers/mine.parquet", 1000)
+    assert "data/outliers/mine.parquet is damaged" in call(features)
 
 
 def test_labels_out_of_range(workspace: Path, call: Call) -> None:
@@ -223,8 +279,7 @@ def test_labels_out_of_range(workspace: Path, call: Call) -> None:
     pq.write_table(table, folder / "train.parquet")
     labels = pa.array([9, *table["label"].to_pylist()[1:]], pa.int64())
     pq.write_table(table.set_column(1, table.schema.field(1), labels), folder / "test.parquet")
-    replace(workspace / "params.yaml", "id: digits", "id: mine")
-    replace(workspace / "params.yaml", "held_out: [7, 8, 9]", "held_out: [6]")
+    set_parameters(workspace, {"data.id": "mine", "data.held_out": [6]})
     assert "Image 0 of the test split of mine has label 9" in call(fetch)
 
 
@@ -233,7 +288,7 @@ def test_a_checkpoint_of_other_classes(workspace: Path, call: Call) -> None:
     spec: dict[str, object] = {"name": "resnet", "width": 32, "depth": 1}
     path = workspace / "reversed.safetensors"
     backbones.save(model, path, preprocessing, classes[::-1], spec)
-    replace(workspace / "params.yaml", "checkpoint: null", "checkpoint: reversed.safetensors")
+    set_parameters(workspace, {"train.checkpoint": "reversed.safetensors"})
     assert "is of the classes 6, 5, 4, 3, 2, 1, 0, the data are of 0, 1, 2" in call(train)
 
 
@@ -253,7 +308,7 @@ def test_parameters_changed_during_a_run_are_not_recorded(
     workspace: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = parameters.load()
-    replace(workspace / "params.yaml", "epochs: 15", "epochs: 14")
+    set_parameters(workspace, {"train.epochs": 14})
     lock = (workspace / "dvc.lock").read_bytes()
     (workspace / artifacts.REPORT).unlink()
     monkeypatch.setattr(whole, "outdated", lambda stage, _: stage == "report")

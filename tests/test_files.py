@@ -478,9 +478,9 @@ def test_an_encoder_that_gives_maps_is_refused() -> None:
 PREPROCESSING = Preprocessing(8, "L", (0.25,), (0.5,))
 
 
-def drawn_classifier(classes: int = 3) -> Classifier:
+def drawn_classifier(classes: int = 3, kind: str = "resnet") -> Classifier:
     torch.manual_seed(0)
-    return backbones.build("resnet", channels=1, classes=classes, width=2, depth=1)
+    return backbones.build(kind, channels=1, classes=classes, width=2, depth=1, size=8)
 
 
 def same_weights(one: Classifier, other: Classifier) -> bool:
@@ -488,16 +488,17 @@ def same_weights(one: Classifier, other: Classifier) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def saved(path: Path) -> Classifier:
-    model = drawn_classifier()
-    spec: dict[str, object] = {"name": "resnet", "width": 2, "depth": 1}
+def saved(path: Path, kind: str = "resnet") -> Classifier:
+    model = drawn_classifier(kind=kind)
+    spec: dict[str, object] = {"name": kind, "width": 2, "depth": 1}
     backbones.save(model, path, PREPROCESSING, CLASSES, spec)
     return model
 
 
-def test_a_backbone_is_loaded_as_it_was_saved() -> None:
+@pytest.mark.parametrize("kind", backbones.BACKBONES)
+def test_a_backbone_is_loaded_as_it_was_saved(kind: str) -> None:
     path = Path("a/backbone.safetensors")
-    model = saved(path)
+    model = saved(path, kind)
     found, preprocessing, classes = backbones.load(path)
     assert (preprocessing, classes) == (PREPROCESSING, CLASSES)
     assert same_weights(found, model)
@@ -521,9 +522,11 @@ def test_a_file_that_is_no_whole_backbone_is_refused_by_name(content: bytes | st
     assert refused(lambda: backbones.load(path), path)
 
 
+@pytest.mark.parametrize("kind", backbones.BACKBONES)
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])
-def test_a_checkpoint_of_either_format_is_loaded(suffix: str) -> None:
-    trained, fresh, path = drawn_classifier(), drawn_classifier(), Path(f"checkpoint{suffix}")
+def test_a_checkpoint_of_either_format_is_loaded(suffix: str, kind: str) -> None:
+    trained, fresh = drawn_classifier(kind=kind), drawn_classifier(kind=kind)
+    path = Path(f"checkpoint{suffix}")
     with torch.no_grad():
         trained.head.weight.add_(1)
     write_checkpoint(trained.state_dict(), path)
@@ -616,6 +619,34 @@ def test_a_backbone_that_cannot_be_built_is_refused(name: str, classes: int) -> 
         backbones.build(name, channels=1, classes=classes, width=2, depth=1)
 
 
+@pytest.mark.parametrize("kind", ["convnext", "vit"])
+def test_images_too_small_for_a_backbone_are_refused(kind: str) -> None:
+    with pytest.raises(InputError, match=f"'{kind}' needs images of at least 8 pixels, not 7"):
+        backbones.build(kind, channels=1, classes=3, width=8, depth=1, size=7)
+
+
+@pytest.mark.parametrize("kind", backbones.BACKBONES)
+@pytest.mark.parametrize("size", [8, 13, 28, 32])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_backbone_gives_features_for_images_of_any_size(
+    kind: str, size: int, channels: int
+) -> None:
+    model = backbones.build(kind, channels, 3, width=8, depth=2, size=size).eval()
+    images = torch.rand(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert model.encoder(images).shape == (2, 32)
+        assert model(images).shape == (2, 3)
+
+
+@pytest.mark.parametrize("kind", backbones.BACKBONES)
+def test_a_checkpoint_of_another_backbone_is_refused(kind: str) -> None:
+    path = Path("checkpoint.pt")
+    other = {"resnet": "vit", "convnext": "resnet", "vit": "convnext"}[kind]
+    write_checkpoint(drawn_classifier(kind=other).state_dict(), path)
+    with pytest.raises(InputError, match=rf"{path} is for another model"):
+        backbones.load_weights(drawn_classifier(kind=kind), path)
+
+
 # Parameters
 
 
@@ -636,7 +667,9 @@ def changed(key: str, value: Any) -> Path:
     "path", [ROOT / "params.yaml", *sorted((ROOT / "presets").glob("*.yaml"))], ids=lambda p: p.name
 )
 def test_the_parameters_that_ship_are_valid(path: Path) -> None:
-    assert parameters.load(path).search.proxies
+    chosen = parameters.load(path)
+    assert chosen.search.proxies
+    assert chosen.search.clip[0] is None
 
 
 def test_a_changed_parameter_is_read() -> None:
@@ -664,19 +697,67 @@ def test_a_changed_parameter_is_read() -> None:
         ("search.weights_high", [], "`search`: weights_low and weights_high need"),
         ("search.weights_high", [float("nan")], "`search.weights_high.0`"),
         ("search.neuron_sensitivity", ["median"], "`search.neuron_sensitivity.0`.*'median'"),
-        ("search.proxies", [], "`search.proxies`"),
+        ("search.proxies", [], "`search`: name at least one proxy in proxies, or a set in outlie"),
+        ("search.proxies", ["jigsaw-4", "phases"], "no proxy 'phases'; did you mean phase"),
+        ("search.clip", [], "`search`: clip must begin with null"),
+        ("search.clip", [90, None], "`search`: clip must begin with null"),
+        ("search.clip", [90], "`search`: clip must begin with null"),
+        ("search.clip", [None, 90, 90.0], "`search`: clip holds a value twice"),
+        ("search.clip", [None, None], "`search`: clip holds a value twice"),
+        ("search.clip", [None, 100], "`search.clip.1.*100"),
+        ("search.clip", [None, 0], "`search.clip.1.*0"),
+        ("search.clip", [None, "90"], "`search.clip.1.*'90'"),
+        ("search.temperature", [], "`search.temperature`"),
+        ("search.temperature", [0], "`search.temperature.0`.*0"),
+        ("search.temperature", [1, 2, 1.0], "`search`: temperature holds a value twice"),
+        ("search.bootstrap", 1, "`search.bootstrap`.*1"),
+        ("search.outliers", {"phase": "digits"}, "outliers: phase is a proxy's name"),
+        ("search.outliers", {"more": "noise"}, "search.outliers: more is of noise, which is a tes"),
+        ("search.outliers", {"more": "held-out"}, "more is of held-out, which is a test set"),
+        ("search.outliers", {"More": "digits"}, "`search.outliers.More"),
+        ("train.backbone", "vgg", "`train.backbone`.*'vgg'"),
+        ("train.optimizer", "adam", "`train.optimizer`.*'adam'"),
+        ("train.precision", "float16", "`train.precision`.*'float16'"),
+        ("train.spcp", 0, "`train.spcp`.*0"),
+        ("train.spcp", 100, "`train.spcp`.*100"),
+        ("evaluate.budget", 0, "`evaluate.budget`.*0"),
+        ("evaluate.tuning_samples", 0, "`evaluate.tuning_samples`.*0"),
+        ("evaluate.training_images", 0, "`evaluate.training_images`.*0"),
+        ("evaluate.detectors", [], "`evaluate.detectors`"),
+        ("evaluate.detectors", ["knn", "knn"], "`evaluate`: detectors holds a name twice"),
+        ("evaluate.detectors", ["mahalanobiss"], "'mahalanobiss'; did you mean mahalanobis"),
+        ("evaluate.detectors", ["opnp+opnp"], r"no detector 'opnp\+opnp'"),
+        ("evaluate.detectors", ["opnp+opp"], r"no detector 'opnp\+opp'"),
+        ("evaluate.detectors", ["opnp+reakt"], r"no detector 'opnp\+reakt'; did you mean react"),
         ("search.proxies", ["phase", "jigsaw-3"], "'jigsaw-3'; did you mean jigsaw-"),
         ("data.held_out", [], "held-out needs classes in held_out"),
         ("data.near", {"letters": "letters"}, "letters is both near and far"),
         ("data.near", {"mean": "letters"}, "mean is a reserved name"),
+        ("data.near", {"near": "letters"}, "near is a reserved name"),
+        ("data.far", {"far": "letters"}, "far is a reserved name"),
+        ("data.far", {"test": "letters"}, "test is a reserved name"),
         ("data.near", {"Not a Name": "letters"}, "`data.near.Not a Name"),
         ("data.validation", 70, "leave no training images"),
-        ("evaluate.detectors", ["opnp", "odin+"], r"`evaluate.detectors.1`.*'odin\+'"),
+        ("evaluate.detectors", ["opnp", "odin+"], r"no detector 'odin\+'; did you mean odin"),
     ],
 )  # fmt: skip
 def test_a_wrong_parameter_is_refused_by_file_and_key(key: str, value: Any, sentence: str) -> None:
     with pytest.raises(InputError, match=rf"^changed\.yaml: .*{sentence}"):
         parameters.load(changed(key, value))
+
+
+def test_real_outliers_may_stand_in_for_proxies() -> None:
+    values = parameters.load(ROOT / "params.yaml").model_dump()
+    values["search"].update(proxies=[], outliers={"more": "more.parquet"})
+    Path("changed.yaml").write_text(json.dumps(values))
+    found = parameters.load(Path("changed.yaml")).search
+    assert (found.proxies, found.outliers) == ([], {"more": "more.parquet"})
+
+
+def test_the_names_of_detectors_are_those_there_are() -> None:
+    from opnp.baselines import DETECTORS
+
+    assert set(parameters.DETECTORS) == {*parameters.METHODS, *DETECTORS}
 
 
 def test_a_lack_of_ood_sets_is_refused() -> None:

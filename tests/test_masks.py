@@ -1,9 +1,11 @@
 """Which weights and neurons a mask removes, what it does to a head, and its file."""
 
+from decimal import Decimal
 from fractions import Fraction
 from math import floor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from opnp.energy import energy_score, linear_head
 from opnp.errors import InputError
-from opnp.masks import PruningMask, keep
+from opnp.masks import PruningMask, keep, pruned_count
 
 hundredths = st.integers(0, 9999)  # percentages with two decimals
 
@@ -64,6 +66,33 @@ def test_a_percentage_that_is_no_binary_fraction_is_rounded_as_written(
     n: int, percent: float, removed: int
 ) -> None:
     assert int((~keep(drawn(0, n), (percent, 0))).sum()) == removed
+
+
+@given(st.integers(1, 10**6), hundredths)
+def test_the_number_pruned_is_rounded_half_up_as_written(n: int, percent: int) -> None:
+    expected = rounded_half_up(n, Fraction(Decimal(percent) / 100))
+    assert pruned_count(n, percent / 100) == expected
+    assert pruned_count(n, np.float64(percent / 100)) == expected
+    assert 0 <= expected <= n
+
+
+@given(st.integers(1, 300), hundredths, hundredths)
+def test_what_is_pruned_from_either_end_never_overlaps(n: int, low: int, high: int) -> None:
+    high = min(high, 9999 - low)
+    assert pruned_count(n, low / 100) + pruned_count(n, high / 100) <= n
+
+
+@given(st.integers(1, 10**6), st.floats(0, 100), st.floats(0, 100))
+def test_a_larger_percentage_prunes_no_fewer(n: int, a: float, b: float) -> None:
+    assert pruned_count(n, min(a, b)) <= pruned_count(n, max(a, b))
+
+
+@pytest.mark.parametrize(
+    ("n", "percent", "count"),
+    [(2560, 0.5, 13), (10**9, 1e-7, 1), (10**9, 1e-8, 0), (1, 50, 1), (1, 49.99, 0), (3, 100, 3)],
+)
+def test_the_number_pruned_by_hand(n: int, percent: float, count: int) -> None:
+    assert pruned_count(n, percent) == count
 
 
 def test_on_ties_the_earlier_index_ranks_lower() -> None:

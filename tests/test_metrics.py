@@ -1,5 +1,6 @@
 """Metrics against scikit-learn, by hand, and their bootstrap intervals."""
 
+from itertools import product
 from math import log
 
 import numpy as np
@@ -19,6 +20,12 @@ tied = st.integers(-3, 3).map(lambda value: value / 2)
 spread = st.floats(-100, 100)
 scores = st.lists(tied, min_size=1, max_size=60) | st.lists(spread, min_size=1, max_size=60)
 Interval = tuple[float, float]
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    ),
+]
 
 
 def tensor(values: list[float]) -> Tensor:
@@ -90,6 +97,62 @@ def test_the_searchs_threshold_keeps_95_percent_and_no_more_than_it_must(n: int)
     assert fpr95.item() == pytest.approx(100 * -(-95 * n // 100) / n)
 
 
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[NDArray[np.float64], NDArray[np.float64], list[int]]:
+    """ID scores (2, 2, N), outlier scores (2, 2, Σ sizes), with ties or without, and the sizes."""
+    n = draw(st.sampled_from([1, 2, 19, 20, 21, 40]))
+    sizes = draw(st.lists(st.integers(1, 25), min_size=1, max_size=3))
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    values = rng.normal(size=(2, 2, n + sum(sizes)))
+    if draw(st.booleans()):
+        values = np.round(values * draw(st.sampled_from([0.0, 0.5, 2.0])))
+    return values[..., :n], values[..., n:], sizes
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@given(batches())
+def test_a_batch_equals_its_rows_and_scikit_learn(
+    device: str,
+    dtype: torch.dtype,
+    batch: tuple[NDArray[np.float64], NDArray[np.float64], list[int]],
+) -> None:
+    inside, outliers = (torch.from_numpy(part).to(device, dtype) for part in batch[:2])
+    sizes = batch[2]
+    before = inside.clone(), outliers.clone()
+    found = fpr95_auroc(inside, outliers, sizes)
+    assert torch.equal(inside, before[0])
+    assert torch.equal(outliers, before[1])
+    for values in found:
+        assert (values.shape, values.dtype) == ((2, 2, len(sizes)), torch.float64)
+        assert values.device == inside.device
+    flat = fpr95_auroc(inside.flatten(0, 1), outliers.flatten(0, 1), sizes)
+    for a, b in zip(found, flat, strict=True):
+        assert torch.equal(a.flatten(0, 1), b)
+    for i, j in product(range(2), repeat=2):
+        alone = fpr95_auroc(inside[i, j], outliers[i, j], sizes)
+        for a, b in zip(found, alone, strict=True):
+            assert torch.equal(a[i, j], b)
+        fpr95, auroc = (values[i, j].tolist() for values in found)
+        for place, outside in enumerate(outliers[i, j].cpu().split(sizes)):
+            expected = scikit_learn(inside[i, j].cpu(), outside)
+            assert fpr95[place] == pytest.approx(expected["fpr95"], abs=1e-9)
+            assert auroc[place] == pytest.approx(expected["auroc"], abs=1e-9)
+
+
+def test_scores_that_are_all_alike_are_told_apart_by_none() -> None:
+    fpr95, auroc = fpr95_auroc(torch.ones(3, 40), torch.ones(3, 9), [1, 3, 5])
+    assert fpr95.tolist() == [[100] * 3] * 3
+    assert auroc.tolist() == [[50] * 3] * 3
+
+
+def test_scores_may_be_infinite() -> None:
+    inside, outliers = tensor([0, 1, 2]), tensor([float("inf"), 3, -float("inf"), -1])
+    fpr95, auroc = fpr95_auroc(inside, outliers, [2, 2])
+    assert fpr95.tolist() == [0, 100]
+    assert auroc.tolist() == [100, 0]
+
+
 def weighted(
     inside: Tensor, outside: Tensor, id_weights: list[int], ood_weights: list[int]
 ) -> dict[str, float]:
@@ -151,7 +214,8 @@ def normal(seed: int, count: int, mean: float) -> Tensor:
 
 def intervals(count: int, seed: int = 0) -> dict[str, Interval]:
     """Of ID scores around 0 and OOD scores around 1.5, ``count`` of each."""
-    return bootstrap(normal(1, count, 0), {"a": normal(2, count, 1.5)}, 200, seed)["a"]
+    sets = {"a": normal(2, count, 1.5)}
+    return bootstrap(normal(1, count, 0), sets, {"a": "near"}, 200, seed)["a"]
 
 
 def test_intervals_contain_the_point_estimate() -> None:
@@ -190,8 +254,9 @@ def test_the_auroc_interval_is_as_wide_as_theory_says() -> None:
 def test_the_interval_of_the_mean_contains_the_mean_and_is_narrower_than_the_widest() -> None:
     inside = normal(1, 2000, 0)
     sets = {str(i): normal(10 + i, 60, 1.0) for i in range(6)}
-    found = bootstrap(inside, sets, 200, 0)
-    assert set(found) == {*sets, "mean"}
+    kinds = {name: "near" if name < "2" else "far" for name in sets}
+    found = bootstrap(inside, sets, kinds, 200, 0)
+    assert list(found) == [*sets, "near", "far", "mean"]
     for name in METRICS:
         mean = np.mean([ood_metrics(inside, outside)[name] for outside in sets.values()])
         low, high = found["mean"][name]
@@ -200,12 +265,53 @@ def test_the_interval_of_the_mean_contains_the_mean_and_is_narrower_than_the_wid
 
 
 def test_the_mean_of_one_set_is_that_set() -> None:
-    found = bootstrap(normal(1, 50, 0), {"a": normal(2, 50, 1)}, 50, 0)
-    assert found["mean"] == found["a"]
+    found = bootstrap(normal(1, 50, 0), {"a": normal(2, 50, 1)}, {"a": "far"}, 50, 0)
+    assert list(found) == ["a", "far", "mean"]
+    assert found["mean"] == found["far"] == found["a"]
+
+
+SETS = {
+    "a": normal(2, 30, 1.0),
+    "b": normal(3, 55, 1.5),
+    "c": normal(4, 20, 3.0),
+    "d": normal(5, 1, 2.0),
+}
+
+
+def test_groups_are_means_of_the_sets_values_in_each_resample() -> None:
+    inside, resamples, seed = normal(1, 40, 0), 60, 7
+    kinds = {"a": "near", "b": "far", "c": "near", "d": "far"}
+    found = bootstrap(inside, SETS, kinds, resamples, seed)
+    id_rng, *rngs = np.random.default_rng(seed).spawn(1 + len(SETS))
+    drawn: dict[str, list[dict[str, float]]] = {name: [] for name in SETS}
+    for _ in range(resamples):
+        times = torch.from_numpy(id_rng.multinomial(40, np.full(40, 1 / 40)))
+        for (name, outside), rng in zip(SETS.items(), rngs, strict=True):
+            m = len(outside)
+            again = torch.from_numpy(rng.multinomial(m, np.full(m, 1 / m)))
+            drawn[name].append(
+                ood_metrics(inside.repeat_interleave(times), outside.repeat_interleave(again))
+            )
+    groups = {**{name: [name] for name in SETS}, "near": ["a", "c"], "far": ["b", "d"]}
+    for group, names in {**groups, "mean": list(SETS)}.items():
+        for metric in METRICS:
+            values = [np.mean([drawn[name][i][metric] for name in names]) for i in range(resamples)]
+            expected = np.percentile(values, [2.5, 97.5])
+            assert found[group][metric] == pytest.approx(tuple(expected), abs=1e-9)
+
+
+def test_sets_have_the_same_intervals_whatever_their_kinds() -> None:
+    inside = normal(1, 40, 0)
+    split = bootstrap(inside, SETS, dict(zip(SETS, ("near", "far") * 2, strict=True)), 50, 0)
+    near = bootstrap(inside, SETS, dict.fromkeys(SETS, "near"), 50, 0)
+    assert list(near) == [*SETS, "near", "mean"]
+    assert near["near"] == near["mean"] == split["mean"]
+    for name in SETS:
+        assert near[name] == split[name]
 
 
 def test_perfect_separation_has_no_uncertainty() -> None:
-    found = bootstrap(torch.zeros(20), {"a": torch.ones(20)}, 50, 0)["a"]
+    found = bootstrap(torch.zeros(20), {"a": torch.ones(20)}, {"a": "near"}, 50, 0)["a"]
     assert found["auroc"] == (100, 100)
     assert found["fpr95"] == (0, 0)
 
@@ -262,4 +368,4 @@ def test_scores_without_an_interval_are_refused(
     inside: list[float], outside: list[float], named: str
 ) -> None:
     with pytest.raises(InputError, match=named):
-        bootstrap(tensor(inside), {"a": tensor(outside)}, 10, 0)
+        bootstrap(tensor(inside), {"a": tensor(outside)}, {"a": "near"}, 10, 0)

@@ -9,6 +9,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from opnp import Grid
+from opnp.parameters import load
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -30,7 +33,7 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "blob_features": features.flip(1),
     }
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     for block in blocks:
         exec(block, names)
     assert names["scores"].shape == (40,)
@@ -49,5 +52,16 @@ def test_the_modules_and_parameters_it_names_exist() -> None:
     parameters = (ROOT / "params.yaml").read_text()
     for module in re.findall(r"python -m (flows\.\w+)", README):
         assert (ROOT / f"{module.replace('.', '/')}.py").is_file(), module
-    for section, key in re.findall(r"`(data|train|search)\.(?!dvc|parquet)(\w+)`", README):
+    for section, key in re.findall(
+        r"`(data|train|features|energy|search|evaluate)\.(?!dvc|parquet)(\w+)`", README
+    ):
         assert re.search(rf"^{section}:.*?^  {key}:", parameters, re.S | re.M), (section, key)
+
+
+def test_it_counts_right() -> None:
+    (masks,) = re.findall(r"every mask of a grid, ([\d,]+) unless", README)
+    assert int(masks.replace(",", "")) == len(Grid().candidates())
+    (detectors,) = re.findall(r"a comparison of (\d+) detectors on four OOD sets", README)
+    chosen = load(ROOT / "params.yaml")
+    assert int(detectors) == len(chosen.evaluate.detectors)
+    assert len({**chosen.data.near, **chosen.data.far}) == 4

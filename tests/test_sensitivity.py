@@ -1,21 +1,27 @@
 """Sensitivities against autograd, and the merging of what shards contribute."""
 
 import random
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pytorch_ood.detector import ReAct
 from torch import Tensor
 
 from opnp.errors import InputError
 from opnp.sensitivity import (
     BATCH,
     NeuronSensitivity,
+    Sensitivity,
     SensitivitySums,
+    clip_threshold,
+    halved,
+    measure,
     neuron_sensitivity,
     parameter_sensitivity,
 )
@@ -77,11 +83,19 @@ def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], toleran
         )
 
 
-def assert_same_bits(a: SensitivitySums, b: SensitivitySums) -> None:
-    assert a.count == b.count
-    for f in fields(SensitivitySums):
-        if f.name != "count":
+TENSORS = ("weights", "neurons_mean", "neurons_gradient", "neurons_taylor")
+
+
+def assert_same_bits(
+    a: SensitivitySums | Sensitivity, b: SensitivitySums | Sensitivity, but: str = ""
+) -> None:
+    """All that both hold is equal, the tensors bit for bit; except for the field ``but``."""
+    assert type(a) is type(b)
+    for f in fields(a):
+        if f.name in TENSORS:
             assert torch.equal(getattr(a, f.name), getattr(b, f.name)), f.name
+        elif f.name not in (but, "halves"):
+            assert getattr(a, f.name) == getattr(b, f.name), f.name
 
 
 @given(heads, temperatures)
@@ -185,11 +199,8 @@ def test_any_division_into_shards_merges_to_the_whole(seed: int, at: list[int]) 
     head = drawn(seed, n=20, k=3, width=4)
     total, whole = merged(sums_of_parts(head, at)), SensitivitySums.of(*head)
     assert total.count == whole.count == 20
-    for f in fields(SensitivitySums):
-        if f.name != "count":
-            torch.testing.assert_close(
-                getattr(total, f.name), getattr(whole, f.name), rtol=1e-12, atol=0
-            )
+    for name in TENSORS:
+        torch.testing.assert_close(getattr(total, name), getattr(whole, name), rtol=1e-12, atol=0)
 
 
 @given(st.integers(0, 10**6), cuts, st.randoms(use_true_random=False))
@@ -217,6 +228,164 @@ def test_sums_of_different_heads_cannot_be_added() -> None:
     sums = [SensitivitySums.of(*drawn(8, n=5, k=3, width=width)) for width in (4, 5)]
     with pytest.raises(InputError, match="different models"):
         sums[0] + sums[1]
+
+
+clips = st.none() | st.floats(-1, 3)
+
+
+@given(heads, temperatures, st.floats(-1, 3))
+def test_clipping_equals_autograd_at_clipped_features(
+    head: Head, temperature: float, clip: float
+) -> None:
+    features, weight, bias = head
+    found = SensitivitySums.of(*head, temperature, clip).mean()
+    actual = {"weights": found.weights}
+    actual.update((kind, found.neurons(kind)) for kind in KINDS)
+    assert_close(actual, autograd(features.clamp(max=clip), weight, bias, temperature), 1e-12)
+
+
+@given(heads, temperatures, st.floats(-1, 3))
+def test_clipping_is_clamping_by_hand_and_leaves_the_features_alone(
+    head: Head, temperature: float, clip: float
+) -> None:
+    features, weight, bias = head
+    before = features.clone()
+    clipped = SensitivitySums.of(features, weight, bias, temperature, clip)
+    assert torch.equal(features, before)
+    by_hand = SensitivitySums.of(features.clamp(max=clip), weight, bias, temperature)
+    assert_same_bits(clipped, by_hand, but="clip")
+    assert (clipped.temperature, clipped.clip) == (temperature, clip)
+    assert (by_hand.temperature, by_hand.clip) == (temperature, None)
+
+
+def test_float32_features_are_clipped_too() -> None:
+    features, weight, bias = drawn(13, n=20, k=3, width=4, dtype=torch.float32)
+    found = SensitivitySums.of(features, weight, bias, clip=0.3)
+    by_hand = SensitivitySums.of(features.double().clamp(max=0.3), weight, bias)
+    assert_same_bits(found, by_hand, but="clip")
+
+
+def test_a_clip_above_all_features_changes_nothing() -> None:
+    head = drawn(14, n=20, k=3, width=4)
+    top = float(head[0].max())
+    assert_same_bits(SensitivitySums.of(*head, clip=top), SensitivitySums.of(*head), but="clip")
+
+
+@given(st.integers(0, 10**6), st.integers(1, 9), temperatures, clips)
+def test_halves_are_those_of_every_other_row(
+    seed: int, n: int, temperature: float, clip: float | None
+) -> None:
+    features, weight, bias = drawn(seed, n, k=3, width=4)
+    [found] = measure(features, weight, bias, [temperature], [clip])
+    parts = [
+        SensitivitySums.of(features[rows], weight, bias, temperature, clip)
+        for rows in (range(0, n, 2), range(1, n, 2))
+    ]
+    assert_same_bits(found, (parts[0] + parts[1]).mean())
+    assert (found.count, found.temperature, found.clip) == (n, temperature, clip)
+    if n == 1:
+        assert found.halves is None
+        return
+    assert found.halves is not None
+    for half, part in zip(found.halves, parts, strict=True):
+        assert_same_bits(half, part.mean())
+        assert half.halves is None
+    assert [half.count for half in found.halves] == [(n + 1) // 2, n // 2]
+
+
+@given(st.integers(0, 10**6), cuts, temperatures, clips)
+def test_halves_together_are_the_sum(
+    seed: int, at: list[int], temperature: float, clip: float | None
+) -> None:
+    features, weight, bias = drawn(seed, n=20, k=3, width=4)
+    parts = [
+        merged(
+            [
+                SensitivitySums.of(features[a:b], weight, bias, temperature, clip)
+                for a, b in pairwise([0, *sorted(at), 20])
+            ]
+        ),
+        SensitivitySums.of(drawn(seed + 1, 13, 3, 4)[0], weight, bias, temperature, clip),
+    ]
+    found = halved(parts[0], parts[1])
+    assert_same_bits(found, (parts[0] + parts[1]).mean())
+    assert found.count == 33
+    assert found.halves is not None
+    for half, part in zip(found.halves, parts, strict=True):
+        assert_same_bits(half, part.mean())
+    for name in TENSORS:
+        weighted = (20 * getattr(found.halves[0], name) + 13 * getattr(found.halves[1], name)) / 33
+        torch.testing.assert_close(getattr(found, name), weighted, rtol=1e-12, atol=0)
+
+
+def test_where_a_half_is_empty_there_are_no_halves() -> None:
+    features, weight, bias = drawn(15, n=5, k=3, width=4)
+    some, none = (SensitivitySums.of(part, weight, bias) for part in (features, features[:0]))
+    for first, second in ((some, none), (none, some)):
+        found = halved(first, second)
+        assert found.halves is None
+        assert_same_bits(found, some.mean())
+    with pytest.raises(InputError, match="no samples"):
+        halved(none, none)
+
+
+def test_several_settings_are_measured_clip_by_clip_and_each_as_if_alone() -> None:
+    head = drawn(16, n=21, k=3, width=4)
+    found = measure(*head, (0.5, 1.0, 2.0), (None, 0.7))
+    assert [(each.clip, each.temperature) for each in found] == [
+        (None, 0.5),
+        (None, 1.0),
+        (None, 2.0),
+        (0.7, 0.5),
+        (0.7, 1.0),
+        (0.7, 2.0),
+    ]
+    for each in found:
+        [alone] = measure(*head, (each.temperature,), (each.clip,))
+        assert_same_bits(each, alone)
+        assert each.halves is not None
+        assert alone.halves is not None
+        for half, half_alone in zip(each.halves, alone.halves, strict=True):
+            assert_same_bits(half, half_alone)
+    assert len({tuple(each.weights.flatten().tolist()) for each in found}) == len(found)
+
+
+def test_measuring_without_samples_is_refused() -> None:
+    features, weight, bias = drawn(17, n=1, k=3, width=4)
+    with pytest.raises(InputError, match="no samples"):
+        measure(features[:0], weight, bias)
+
+
+@pytest.mark.parametrize(
+    "other", [{"temperature": 2.0}, {"clip": 0.5}, {"clip": None}, {"clip": None, "temperature": 3}]
+)
+def test_sums_of_different_settings_cannot_be_added(other: dict[str, Any]) -> None:
+    sums = SensitivitySums.of(*drawn(18, n=5, k=3, width=4), temperature=1.0, clip=0.7)
+    for first, second in ((sums, replace(sums, **other)), (replace(sums, **other), sums)):
+        with pytest.raises(InputError, match="different temperatures or clips"):
+            first + second
+        with pytest.raises(InputError, match="different temperatures or clips"):
+            halved(first, second)
+
+
+def test_sums_keep_their_setting() -> None:
+    sums = SensitivitySums.of(*drawn(19, n=5, k=3, width=4), temperature=2.0, clip=0.7)
+    for each in (sums, sums + sums, (sums + sums).mean(), halved(sums, sums)):
+        assert (each.temperature, each.clip) == (2.0, 0.7)
+
+
+@pytest.mark.parametrize("percentile", [5, 50, 80, 85, 90, 95, 99, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_threshold_of_a_clip_is_that_of_pytorch_oods_react(
+    percentile: float, dtype: torch.dtype
+) -> None:
+    features = drawn(20, n=70, k=3, width=9, dtype=dtype)[0].relu()
+    react = ReAct(None, None, percentile=percentile / 100)
+    react.fit_feature_maps(features, torch.zeros(len(features)))
+    found = clip_threshold(features, percentile)
+    assert found == pytest.approx(react.threshold, rel=1e-12)
+    assert found == pytest.approx(float(np.percentile(features.numpy(), percentile)), rel=1e-12)
+    assert float((features <= found * (1 + 1e-6)).double().mean()) >= percentile / 100 - 1 / 630
 
 
 def test_no_samples_are_refused() -> None:
