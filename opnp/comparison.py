@@ -2,7 +2,8 @@
 
 A detector tries combinations of its hyperparameters, each judged by the mean FPR95 over the outlier
 sets, AUROC breaking ties. ``opnp+X`` is the detector X on a model that is pruned by the sensitivity
-of the features which X hands to the head.
+of the features which X hands to the head; as in the mask search, it prunes no more than is needed
+to come within noise of the best.
 """
 
 import random
@@ -22,13 +23,14 @@ from opnp.baselines import Samples, TrainedModel
 from opnp.energy import bias_of
 from opnp.errors import InputError, UnavailableError
 from opnp.masks import PruningMask
-from opnp.metrics import fpr95_auroc
+from opnp.metrics import bootstrap_mean_fpr95, fpr95_auroc
 from opnp.search import Candidate
 from opnp.sensitivity import SensitivitySums
 
 __all__ = ["Tuned", "tune"]
 
 COMBINED = "opnp+"
+RESAMPLES = 200  # behind the choice among masks within noise of the best
 
 Option = TypeVar("Option")
 
@@ -84,7 +86,7 @@ def tune(
     X tries its default values and, of all combinations of its ``hyperparameter_space``, as many as
     the budget allows, drawn by ``seed``. ``opnp+X`` spends half the budget so, and what is left on
     masks with the best values of X; it may prune nothing, so that on the outlier sets it is never
-    worse than these. Combinations that cannot run are skipped.
+    worse than these by more than noise. Combinations that cannot run are skipped.
 
     Args:
         name: a key of `opnp.baselines.DETECTORS`, or ``opnp+`` and such a key.
@@ -109,7 +111,7 @@ def tune(
     train, validation, *others = (
         shared(samples, default, model) for samples in (train, validation, *outliers.values())
     )
-    contest = Contest(make, model, train, validation, others)
+    contest = Contest(make, model, train, validation, others, seed)
 
     defaults, space = default.get_hyperparameters(), default.hyperparameter_space
     settings = [dict(zip(space, values, strict=True)) for values in product(*space.values())]
@@ -141,14 +143,16 @@ class Contest:
         train: Samples,
         validation: Samples,
         outliers: Sequence[Samples],
+        seed: int,
     ):
         self.make = make
         self.model = model
         self.train = train
         self.validation = validation
         self.outliers = outliers
+        self.seed = seed
         self.trials = 0
-        self.best: Tuned | None = None
+        self.entries: list[tuple[Tuned, Tensor, Tensor]] = []
         self.reason: UnavailableError | None = None
 
     def enter(
@@ -168,12 +172,9 @@ class Contest:
         """
         self.trials += 1
         try:
-            entry = self.judged(values, pruned, mask, seconds)
+            self.entries.append(self.judged(values, pruned, mask, seconds))
         except UnavailableError as error:
             self.reason = self.reason or error
-            return
-        if self.best is None or rank(entry) < rank(self.best):
-            self.best = entry
 
     def judged(
         self,
@@ -181,7 +182,8 @@ class Contest:
         pruned: dict[str, Any],
         mask: PruningMask | None,
         seconds: float,
-    ) -> Tuned:
+    ) -> tuple[Tuned, Tensor, Tensor]:
+        """The fitted detector, and its scores of the ID samples and of all outliers."""
         start = time.perf_counter()
         model = self.model if mask is None else self.model.pruned(mask)
         detector = self.make(model).set_hyperparameters(**values)
@@ -190,23 +192,44 @@ class Contest:
         seconds += time.perf_counter() - start
         # After fitting, for ViM lowers its dimension to what the features allow.
         entry = Tuned(detector, model, mask, detector.get_hyperparameters() | pruned, seconds)
-        fpr95, auroc = fpr95_auroc(
-            entry.score(self.validation),
-            torch.cat([entry.score(samples) for samples in self.outliers]),
-            [len(samples.features) for samples in self.outliers],
-        )
-        return replace(entry, fpr95=float(fpr95.mean()), auroc=float(auroc.mean()))
+        inside = entry.score(self.validation)
+        outside = torch.cat([entry.score(samples) for samples in self.outliers])
+        fpr95, auroc = fpr95_auroc(inside, outside, self.sizes)
+        judged = replace(entry, fpr95=float(fpr95.mean()), auroc=float(auroc.mean()))
+        return judged, inside.cpu(), outside.cpu()
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(samples.features) for samples in self.outliers]
 
     def winner(self) -> Tuned:
-        """The best so far.
+        """The best so far; of those within noise of it one that prunes least.
+
+        Noise is one standard error of the difference, as in `opnp.search.choose`.
 
         Raises:
             UnavailableError: no combination could run.
         """
-        if self.best is None:
+        if not self.entries:
             assert self.reason is not None
             raise self.reason
-        return self.best
+        place = min(range(len(self.entries)), key=lambda index: rank(self.entries[index][0]))
+        if self.entries[place][0].mask is None:
+            return self.entries[place][0]
+        tuned, inside, outside = zip(*self.entries, strict=True)
+        figures = bootstrap_mean_fpr95(
+            torch.stack(inside), torch.stack(outside), self.sizes, RESAMPLES, self.seed
+        )
+        noise = (figures - figures[place]).std(axis=1)
+        within = [
+            entry
+            for entry, error in zip(tuned, noise, strict=True)
+            if entry.fpr95 <= tuned[place].fpr95 + error + 1e-9
+        ]
+        return min(
+            within,
+            key=lambda entry: (0.0 if entry.mask is None else entry.mask.pruned, *rank(entry)),
+        )
 
 
 def rank(entry: Tuned) -> tuple[float, float]:

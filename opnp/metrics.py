@@ -23,6 +23,7 @@ from opnp.errors import InputError
 __all__ = [
     "METRICS",
     "bootstrap",
+    "bootstrap_mean_fpr95",
     "calibration",
     "calibration_intervals",
     "fpr95_auroc",
@@ -193,6 +194,35 @@ def bootstrap(
         name: {metric: interval(value) for metric, value in by_metric.items()}
         for name, by_metric in values.items()
     }
+
+
+def bootstrap_mean_fpr95(
+    id_scores: Tensor, outlier_scores: Tensor, sizes: Sequence[int], resamples: int, seed: int
+) -> NDArray[np.float64]:
+    """Mean ``fpr95`` over outlier sets in resamples of all sets, the same draws for every row.
+
+    Args:
+        id_scores: outlier scores (larger = OOD) of ID samples, a row for each detector, (C, N).
+        outlier_scores: of all outlier sets, one after another, (C, Σ sizes).
+        sizes: of each set.
+        resamples: number of draws.
+        seed: of the draws.
+
+    Returns:
+        Shape (C, resamples), in percent.
+    """
+    inside, outside = id_scores.numpy(), outlier_scores.numpy()
+    order = np.argsort(inside, axis=1)
+    ordered = np.take_along_axis(inside, order, axis=1)
+    rng, n = np.random.default_rng(seed), inside.shape[1]
+    figures = np.empty((len(inside), resamples))
+    for column in range(resamples):
+        drawn = rng.multinomial(n, np.full(n, 1 / n))
+        kept = np.cumsum(drawn[order], axis=1)
+        thresholds = ordered[np.arange(len(order)), np.argmax(100 * kept >= 95 * n, axis=1)]
+        share = np.concatenate([rng.multinomial(m, np.full(m, 1 / m)) / m for m in sizes])
+        figures[:, column] = 100 / len(sizes) * ((outside <= thresholds[:, None]) @ share)
+    return figures
 
 
 def resampled(n: int, resamples: int, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from opnp.energy import bias_of, check_head
 from opnp.errors import InputError
 from opnp.masks import Percentages, PruningMask, check_percentages, pruned_count
-from opnp.metrics import fpr95_auroc
+from opnp.metrics import bootstrap_mean_fpr95, fpr95_auroc
 from opnp.sensitivity import NeuronSensitivity, Sensitivity
 
 __all__ = ["Candidate", "Choice", "Grid", "SearchResult", "Trial", "search_masks"]
@@ -580,20 +580,9 @@ def bootstrap_means(
     judge: Judge, scores: Mapping[Candidate, Tensor], resamples: int, seed: int
 ) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     """Mean FPR95 in percent of candidates in each resample of all sets, (candidates, resamples)."""
-    stacked = torch.stack(list(scores.values())).cpu().numpy()
+    stacked = torch.stack(list(scores.values())).cpu()
     inside, outside = stacked[:, : judge.inside], stacked[:, judge.inside :]
-    order = np.argsort(inside, axis=1)
-    ordered = np.take_along_axis(inside, order, axis=1)
-    rng = np.random.default_rng(seed)
-    n, sizes = judge.inside, list(judge.sizes.values())
-    figures = np.empty((len(stacked), resamples))
-    for column in range(resamples):
-        drawn = rng.multinomial(n, np.full(n, 1 / n))
-        kept = np.cumsum(drawn[order], axis=1)
-        thresholds = ordered[np.arange(len(order)), np.argmax(100 * kept >= 95 * n, axis=1)]
-        share = np.concatenate([rng.multinomial(m, np.full(m, 1 / m)) / m for m in sizes])
-        figures[:, column] = 100 / len(sizes) * ((outside <= thresholds[:, None]) @ share)
-    return figures
+    return bootstrap_mean_fpr95(inside, outside, list(judge.sizes.values()), resamples, seed)
 
 
 def instabilities(

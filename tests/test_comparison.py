@@ -205,9 +205,28 @@ def test_a_combination_is_never_worse_on_the_outliers_it_is_chosen_on(name: str)
     assert (found.fpr95, -found.auroc) <= (alone.fpr95, -alone.auroc)
 
 
+@pytest.mark.parametrize(("caught", "missed", "pruned"), [(3, 2, False), (20, 0, True)])
+def test_a_mask_is_chosen_only_if_it_gains_more_than_noise(
+    caught: int, missed: int, pruned: bool
+) -> None:
+    contest = comparison.Contest(DETECTORS["energy"], MODEL, TRAIN, NEAR, [NEAR], seed=0)
+    mask = PruningMask(torch.ones(K, 16, dtype=torch.bool), torch.arange(16) > 2)
+    n = len(NEAR.features)
+    inside, half = torch.linspace(0, 1, n).double(), n // 2
+    without = torch.where(torch.arange(n) < half, 2.0, 0.5).double()  # half of the outliers pass
+    masked = without.clone()
+    masked[half : half + caught], masked[:missed] = 2.0, 0.5
+    for each, outside in ((None, without), (mask, masked)):
+        fpr95 = 100 * float((outside < 1).double().mean())
+        entry = comparison.Tuned(DETECTORS["energy"](MODEL), MODEL, each, {}, 0.0, fpr95, 50.0)
+        contest.entries.append((entry, inside, outside))
+    assert contest.entries[1][0].fpr95 < contest.entries[0][0].fpr95
+    assert (contest.winner().mask is mask) == pruned
+
+
 @pytest.fixture
 def masks_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "rank", lambda entry: entry.mask is None)
+    monkeypatch.setattr(comparison.Contest, "winner", lambda self: self.entries[-1][0])
 
 
 @pytest.mark.usefixtures("masks_win")
