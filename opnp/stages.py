@@ -749,13 +749,13 @@ def evaluate(parameters: Parameters) -> dict[str, Any]:
     trained = TrainedModel(model.head, temperature, model, preprocessing.std)
     measured = read_sensitivity(parameters)
     found = read_json(artifacts.SEARCH, "python -m flows.search")
-    for key, value in (
-        ("backbone", digest(artifacts.BACKBONE)),
-        ("parameters", parameters.search.model_dump()),
+    for key, value, what in (
+        ("backbone", digest(artifacts.BACKBONE), "another backbone"),
+        ("parameters", parameters.search.model_dump(), "other parameters in section search"),
     ):
         if found.get(key) != value:
             raise InputError(
-                f"{artifacts.SEARCH} was made with another {key}: run `python -m flows.search`."
+                f"{artifacts.SEARCH} was made with {what}: run `python -m flows.search`."
             )
     chosen = {method: chosen_candidate(found[method]) for method in METHODS}
 

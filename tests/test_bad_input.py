@@ -59,7 +59,8 @@ def test_a_program_says_it_in_one_line_and_fails(workspace: Path) -> None:
         ("train.spcp", 100, "`train.spcp`"),
         ("search.weights_low", [0, 98], "weights_low 98"),
         ("search.clip", [80, 90], "clip must begin with null"),
-        ("search.outliers", {"more": "letters"}, "more is of letters, which is a test set as well"),
+        ("search.outliers", {"more": "letters"}, "more is of letters, which is a test set"),
+        ("search.outliers", {"more": "digits"}, "more is of digits, which is a test set"),
         ("search.outliers", {"blobs": "digits"}, "blobs is a proxy's name"),
         ("search.outliers", {"more": "leters"}, "leters"),
         ("evaluate.detectors", ["opnp", "oddin"], "no detector 'oddin'; did you mean odin?"),
@@ -170,10 +171,18 @@ def test_a_search_of_another_backbone(workspace: Path, call: Call) -> None:
     before = (workspace / artifacts.METRICS).read_bytes()
     found = read_json(artifacts.SEARCH, "")
     write_json(artifacts.SEARCH, found | {"backbone": "another"})
-    assert "search.json is of another backbone: run `python -m flows.search`" in call(evaluate)
+    assert "search.json was made with another backbone: run `python -m" in call(evaluate)
+        evaluate
+    )
     (workspace / artifacts.SEARCH).write_text("{")
     assert "search.json" in call(evaluate)
     assert (workspace / artifacts.METRICS).read_bytes() == before
+
+
+def test_a_search_of_other_parameters(workspace: Path, call: Call) -> None:
+    set_parameters(workspace, {"search.neurons_high": [0, 5]})
+    message = call(evaluate)
+    assert "search.json was made with other parameters in section search: run `python -m" in message
 
 
 def test_a_sensitivity_of_another_backbone(workspace: Path, call: Call) -> None:

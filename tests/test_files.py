@@ -713,7 +713,7 @@ def test_a_changed_parameter_is_read() -> None:
         ("search.bootstrap", 1, "`search.bootstrap`.*1"),
         ("search.outliers", {"phase": "digits"}, "outliers: phase is a proxy's name"),
         ("search.outliers", {"more": "noise"}, "search.outliers: more is of noise, which is a tes"),
-        ("search.outliers", {"more": "held-out"}, "more is of held-out, which is a test set"),
+        ("search.outliers", {"more": "held-out"}, "more cannot be of held-out, a test set"),
         ("search.outliers", {"More": "digits"}, "`search.outliers.More"),
         ("train.backbone", "vgg", "`train.backbone`.*'vgg'"),
         ("train.optimizer", "adam", "`train.optimizer`.*'adam'"),

@@ -300,7 +300,7 @@ def test_second_run_has_nothing_to_do(
         ("search.proxies", ["blobs"], ["features", "search", "evaluate", "report"]),
         (
             "search.outliers",
-            {"drawn": "digits"},
+            {"drawn": "drawn.parquet"},
             ["fetch", "features", "search", "evaluate", "report"],
         ),
         ("train.epochs", 2, ["train", "report"]),
