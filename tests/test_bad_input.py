@@ -172,8 +172,6 @@ def test_a_search_of_another_backbone(workspace: Path, call: Call) -> None:
     found = read_json(artifacts.SEARCH, "")
     write_json(artifacts.SEARCH, found | {"backbone": "another"})
     assert "search.json was made with another backbone: run `python -m" in call(evaluate)
-        evaluate
-    )
     (workspace / artifacts.SEARCH).write_text("{")
     assert "search.json" in call(evaluate)
     assert (workspace / artifacts.METRICS).read_bytes() == before
