@@ -148,6 +148,11 @@ class Trial:
     def mean_auroc(self) -> float:
         return sum(self.auroc.values()) / len(self.auroc)
 
+    @property
+    def rank(self) -> tuple[float, float]:
+        """What trials are put in order by, the best first: mean FPR95, then mean AUROC."""
+        return round(self.mean_fpr95, 9), -round(self.mean_auroc, 9)
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -251,21 +256,8 @@ def search_masks(
                 f"The sensitivity is of a head {tuple(each.weights.shape)}, this one is "
                 f"{tuple(weight.shape)}: measure this head's."
             )
-    percentages = (grid or Grid()).candidates()
-    candidates = [
-        replace(candidate, clip=each.clip, temperature=each.temperature)
-        for each in measured
-        for candidate in percentages
-    ]
-    judge = Judge(
-        weight,
-        bias,
-        torch.cat([id_features, *outliers.values()]),
-        len(id_features),
-        {name: len(features) for name, features in outliers.items()},
-        labels,
-        memory,
-    )
+    candidates = candidates_of(measured, grid or Grid())
+    judge = Judge.of(head, id_features, outliers, labels, memory)
     by_candidate = {
         trial.candidate: trial
         for trial in progress(judge.trials(measured, candidates), len(candidates))
@@ -278,6 +270,16 @@ def search_masks(
     }
     best = choices["all"].trial.candidate
     return SearchResult(trials, choices, best.mask(setting_of(measured, best)))
+
+
+def candidates_of(measured: Sequence[Sensitivity], grid: Grid) -> list[Candidate]:
+    """Every candidate of the grid at the clip and temperature of every sensitivity."""
+    percentages = grid.candidates()
+    return [
+        replace(candidate, clip=each.clip, temperature=each.temperature)
+        for each in measured
+        for candidate in percentages
+    ]
 
 
 def setting_of(measured: Sequence[Sensitivity], candidate: Candidate) -> Sensitivity:
@@ -307,6 +309,25 @@ class Judge:
     sizes: dict[str, int]
     labels: Tensor | None
     memory: int
+
+    @classmethod
+    def of(
+        cls,
+        head: nn.Linear,
+        id_features: Tensor,
+        outliers: Mapping[str, Tensor],
+        labels: Tensor | None = None,
+        memory: int = MEMORY,
+    ) -> "Judge":
+        return cls(
+            head.weight.detach(),
+            bias_of(head),
+            torch.cat([id_features, *outliers.values()]),
+            len(id_features),
+            {name: len(features) for name, features in outliers.items()},
+            labels,
+            memory,
+        )
 
     def trials(
         self, measured: Sequence[Sensitivity], candidates: Sequence[Candidate]
@@ -565,13 +586,8 @@ def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
     From the least pruned to the lowest FPR95. AUROC breaks ties of FPR95, then the order of trials.
     """
     front: list[Trial] = []
-    for trial in sorted(
-        trials, key=lambda t: (t.pruned, round(t.mean_fpr95, 9), -round(t.mean_auroc, 9))
-    ):
-        if not front or (
-            (round(trial.mean_fpr95, 9), -round(trial.mean_auroc, 9))
-            < (round(front[-1].mean_fpr95, 9), -round(front[-1].mean_auroc, 9))
-        ):
+    for trial in sorted(trials, key=lambda trial: (trial.pruned, trial.rank)):
+        if not front or trial.rank < front[-1].rank:
             front.append(trial)
     return front
 

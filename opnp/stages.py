@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import islice, product
 from math import isnan
 from pathlib import Path
@@ -35,7 +35,16 @@ from opnp.features import Shard
 from opnp.files import atomic, digest, read_json, write_json
 from opnp.parameters import Parameters
 from opnp.progress import track
-from opnp.search import Candidate, Grid, SearchResult, Trial, search_masks, setting_of
+from opnp.search import (
+    Candidate,
+    Grid,
+    Judge,
+    SearchResult,
+    Trial,
+    candidates_of,
+    search_masks,
+    setting_of,
+)
 from opnp.sensitivity import Sensitivity, SensitivitySums, halved
 
 __all__ = ["evaluate", "features", "fetch", "report", "search", "sensitivity", "train"]
@@ -546,20 +555,18 @@ def sensitivity_shard(parameters: Parameters, path: Path) -> bool:
             for setting in metadata["settings"]
             for half in halves
         ]
-    write_sensitivity(sums_file(path), sums, metadata)
+    write_sums(sums_file(path), sums, metadata)
     return True
 
 
-def write_sensitivity(
-    path: Path, measured: Sequence[SensitivitySums | Sensitivity], metadata: dict[str, Any]
-) -> None:
-    """Write sums or sensitivities of two halves for each setting: tensors SETTING/HALF/NAME."""
+def write_sums(path: Path, sums: Sequence[SensitivitySums], metadata: dict[str, Any]) -> None:
+    """Write the sums of two halves for each setting: tensors SETTING/HALF/NAME."""
     named = {
         f"{place // 2}/{place % 2}/{name}": getattr(each, name)
-        for place, each in enumerate(measured)
+        for place, each in enumerate(sums)
         for name in SENSITIVITIES
     }
-    tensors.save(path, named, {**metadata, "counts": [each.count for each in measured]})
+    tensors.save(path, named, {**metadata, "counts": [each.count for each in sums]})
 
 
 def read_sums(path: Path) -> tuple[list[SensitivitySums], dict[str, Any]]:
@@ -594,12 +601,17 @@ def merge_sensitivity(plan: list[Path]) -> list[Sensitivity]:
     for path in plan[1:]:
         total = [a + b for a, b in zip(total, read_sums(sums_file(path))[0], strict=True)]
     kept = {key: metadata[key] for key in ("backbone", "settings")}
-    write_sensitivity(artifacts.SENSITIVITY, total, kept)
+    write_sums(artifacts.SENSITIVITY, total, kept)
     remove_others(
         artifacts.SENSITIVITY.parent,
         {artifacts.SENSITIVITY, artifacts.CLIPS, *(sums_file(path) for path in plan)},
     )
-    return [halved(*pair) for pair in zip(total[::2], total[1::2], strict=True)]
+    return halves_together(total)
+
+
+def halves_together(sums: list[SensitivitySums]) -> list[Sensitivity]:
+    """The sensitivity at each setting, of the sums of either half at each."""
+    return [halved(*pair) for pair in zip(sums[::2], sums[1::2], strict=True)]
 
 
 def read_sensitivity(parameters: Parameters) -> list[Sensitivity]:
@@ -616,7 +628,7 @@ def read_sensitivity(parameters: Parameters) -> list[Sensitivity]:
         raise InputError(
             f"{artifacts.SENSITIVITY} is of another search.clip or search.temperature: {again}."
         )
-    return [halved(*pair) for pair in zip(total[::2], total[1::2], strict=True)]
+    return halves_together(total)
 
 
 # search -----------------------------------------------------------------------------------------
@@ -759,8 +771,12 @@ def evaluate(parameters: Parameters) -> dict[str, Any]:
             )
     chosen = {method: chosen_candidate(found[method]) for method in METHODS}
 
+    @cache  # the training features serve twice
+    def loaded(split: str) -> tuple[Tensor, Tensor]:
+        return load_features(parameters, split)[0]
+
     def samples(split: str, limit: int | None = None) -> Samples:
-        [(features, labels)] = load_features(parameters, split)
+        features, labels = loaded(split)
         stop = min(len(features), limit or len(features))
         return Samples(
             features[:stop],
@@ -768,12 +784,15 @@ def evaluate(parameters: Parameters) -> dict[str, Any]:
             lambda: load_images(parameters, split, 0, stop)[0],
         )
 
+    heads = {
+        method: candidate.mask(setting_of(measured, candidate)).apply(model.head)
+        for method, candidate in chosen.items()
+    }
+
     def pruned(method: str, features: Tensor) -> Tensor:
         """Logits of what the search chose for a method."""
-        candidate = chosen[method]
-        clip = torch.inf if candidate.clip is None else candidate.clip
-        head = candidate.mask(setting_of(measured, candidate)).apply(model.head)
-        return head(features.clamp(max=clip))
+        clip = chosen[method].clip
+        return heads[method](features if clip is None else features.clamp(max=clip))
 
     train_split = samples("train")
     train_images = samples("train", settings.training_images)
@@ -792,9 +811,8 @@ def evaluate(parameters: Parameters) -> dict[str, Any]:
     with training.deterministic(threads=1), torch.no_grad():
         for name in track(settings.detectors, "tune (detectors)", len(settings.detectors)):
             if name in METHODS:
-                hyperparameters[name] = {
-                    key: found[name][key] for key in (*PERCENTAGES, "clip", "temperature")
-                }
+                kept = (*chosen[name].record(), "clip", "temperature")
+                hyperparameters[name] = {key: found[name][key] for key in kept}
                 trials[name] = found["candidates"]
                 start = time.perf_counter()
                 candidate = chosen[name]
@@ -876,7 +894,7 @@ def evaluate(parameters: Parameters) -> dict[str, Any]:
             for name, f in id_logits.items()
         }
         ood = {name: test[name].features for name in names}
-        oracle = oracles(parameters, measured, chosen, h, ood)
+        oracle = oracles(parameters, model.head, measured, chosen, h, ood)
     ranks = tables.ranks(table, names)
     split_features = {split: each.features for split, each in test.items()}
     write_scores(scores, split_features, labels, model.head)
@@ -934,6 +952,7 @@ def pruning_to_try(parameters: Parameters, chosen: dict[str, Candidate]) -> list
 
 def oracles(
     parameters: Parameters,
+    head: nn.Linear,
     measured: list[Sensitivity],
     chosen: dict[str, Candidate],
     h: Tensor,
@@ -947,21 +966,16 @@ def oracles(
     rows = pq.read_table(artifacts.TRIALS).to_pylist()
     floor = rows[0]["accuracy"] - parameters.search.max_accuracy_drop - 1e-9
     accurate = {chosen_candidate(row) for row in rows if row["accuracy"] >= floor}
-    model, _, _ = backbones.load(artifacts.BACKBONE)
-    tested = search_masks(
-        model.head,
-        h,
-        ood,
-        measured,
-        grid_of(parameters),
-        resamples=2,
-        progress=lambda trials, count: track(trials, "oracle (masks)", count),
-    )
+    candidates = candidates_of(measured, grid_of(parameters))
+    tested = Judge.of(head, h, ood).trials(measured, candidates)
     percentiles = {each["threshold"]: each["clip"] for each in settings_of(parameters)}
-    by_candidate = {trial.candidate: trial.mean_fpr95 for trial in tested.trials}
-    unpruned, found = tested.trials[0].mean_fpr95, {}
+    by_candidate = {
+        trial.candidate: trial.mean_fpr95
+        for trial in track(tested, "oracle (masks)", len(candidates))
+    }
+    unpruned, found = by_candidate[candidates[0]], {}
     for method in ("opnp", "opnp+react"):
-        eligible = [each for each in by_candidate if METHODS[method](each) and each in accurate]
+        eligible = [each for each in candidates if METHODS[method](each) and each in accurate]
         lowest = min(eligible, key=lambda candidate: by_candidate[candidate])
         gain, kept = unpruned - by_candidate[lowest], unpruned - by_candidate[chosen[method]]
         found[method] = candidate_record(lowest, percentiles) | {
@@ -985,9 +999,6 @@ def write_comparison(
 
 def spans(intervals: dict[str, tuple[float, float]]) -> dict[str, dict[str, float]]:
     return {metric: {"low": low, "high": high} for metric, (low, high) in intervals.items()}
-
-
-PERCENTAGES = ("weights_low", "weights_high", "neurons_low", "neurons_high", "neuron_sensitivity")
 
 
 def write_scores(
