@@ -84,7 +84,7 @@ def measure(chosen: Parameters, folder: Path) -> dict[str, Any]:
                 continue
             for later in list(OUTPUTS)[list(OUTPUTS).index(stage) :]:
                 Path(f"{later}.parameters.json").unlink(missing_ok=True)
-            getattr(stages, stage)(chosen)
+            getattr(stages, stage).run(chosen)
             if stage == "features":
                 output.touch()
             write_json(record, made_with)

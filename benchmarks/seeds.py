@@ -29,9 +29,9 @@ def measure(chosen: Parameters) -> dict[str, Any]:
         os.chdir(folder)
         try:
             for stage in (stages.fetch, stages.train, stages.features, stages.sensitivity):
-                stage(chosen)
-            stages.search(chosen)
-            return stages.evaluate(chosen)
+                stage.run(chosen)
+            stages.search.run(chosen)
+            return stages.evaluate.run(chosen)
         finally:
             os.chdir(before)
 

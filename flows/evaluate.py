@@ -15,7 +15,7 @@ __all__ = ["evaluate"]
 
 @task(cache_policy=NO_CACHE)
 def evaluate_task(parameters: Parameters) -> None:
-    stages.evaluate(parameters)
+    stages.evaluate.run(parameters)
 
 
 @flow

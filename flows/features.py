@@ -1,4 +1,4 @@
-"""Compute penultimate features, one task for each shard, on GPUs in turn or on the CPU."""
+"""Compute penultimate features, one task for each shard."""
 
 from prefect import flow, task, unmapped
 from prefect.cache_policies import NO_CACHE
@@ -12,17 +12,17 @@ __all__ = ["features"]
 
 
 @task(retries=2, retry_condition_fn=unless_bad_input, cache_policy=NO_CACHE)
-def feature_shard(parameters: Parameters, shard: Shard, index: int) -> bool:
-    return stages.feature_shard(parameters, shard, index)
+def feature_shard(parameters: Parameters, shard: Shard) -> bool:
+    return stages.features.compute(parameters, shard)
 
 
 @flow(task_runner=task_runner())
 def features(parameters: Parameters) -> None:
     """Compute the features of every split and proxy family; shards that are whole stay."""
-    plan = stages.feature_shards(parameters)
-    futures = feature_shard.map(unmapped(parameters), plan, range(len(plan)))
+    plan = stages.features.plan(parameters)
+    futures = feature_shard.map(unmapped(parameters), plan)
     computed = sum(collect(futures, "features (shards)", len(plan)))
-    stages.finish_features(plan)
+    stages.features.finish(plan)
     if computed < len(plan):
         print(f"features: {len(plan) - computed} of {len(plan)} shards were there already")
 

@@ -26,12 +26,12 @@ retried: Any = partial(
 
 @retried()  # type: ignore[untyped-decorator]
 def fetch_id(parameters: Parameters) -> dict[str, ImageSet]:
-    return stages.fetch_id(parameters)
+    return stages.fetch.id_sets(parameters)
 
 
 @retried()  # type: ignore[untyped-decorator]
 def fetch_ood(parameters: Parameters, name: str) -> dict[str, ImageSet]:
-    return stages.fetch_ood(parameters, name)
+    return stages.fetch.ood_set(parameters, name)
 
 
 @flow(task_runner=task_runner())
@@ -43,15 +43,15 @@ def fetch(parameters: Parameters, accept: bool = False) -> None:
         accept: record the data even if they differ from what `data.dvc` has recorded for the same
             parameters.
     """
-    stages.begin_fetch(parameters)
-    others = fetch_ood.map(unmapped(parameters), stages.ood_sources(parameters))
+    stages.fetch.begin(parameters)
+    others = fetch_ood.map(unmapped(parameters), stages.fetch.ood_sources(parameters))
     sets: dict[str, ImageSet] = {}
     for future in [fetch_id.submit(parameters), *others]:
         sets |= future.result()
-    manifest = stages.fetched(parameters, sets)
+    manifest = stages.fetch.manifest(parameters, sets)
     if not accept:
         check_data(manifest)
-    stages.finish_fetch(manifest)
+    stages.fetch.finish(manifest)
     record_data(manifest)
 
 

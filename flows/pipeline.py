@@ -22,7 +22,7 @@ STAGES = ("fetch", "train", "features", "sensitivity", "search", "evaluate", "re
 def outdated(stage: str, chosen: Parameters) -> bool:
     """Whether a stage has to run, as DVC sees it."""
     if stage == "fetch":
-        return versions.data_changed(stages.data_parameters(chosen))
+        return versions.data_changed(stages.fetch.data_parameters(chosen))
     return versions.changed(stage) or (stage == "train" and checkpoint_changed(chosen))
 
 

@@ -14,7 +14,7 @@ __all__ = ["report"]
 
 @task(cache_policy=NO_CACHE)
 def report_task(parameters: Parameters) -> None:
-    stages.report(parameters)
+    stages.report.run(parameters)
 
 
 @flow

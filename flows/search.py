@@ -15,7 +15,7 @@ __all__ = ["search"]
 
 @task(cache_policy=NO_CACHE)
 def search_task(parameters: Parameters) -> None:
-    stages.search(parameters)
+    stages.search.run(parameters)
 
 
 @flow

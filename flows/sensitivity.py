@@ -14,18 +14,18 @@ __all__ = ["sensitivity"]
 
 @task(retries=2, retry_condition_fn=unless_bad_input, cache_policy=NO_CACHE)
 def sensitivity_shard(parameters: Parameters, path: Path) -> bool:
-    return stages.sensitivity_shard(parameters, path)
+    return stages.sensitivity.compute(parameters, path)
 
 
 @task(cache_policy=NO_CACHE)
 def merge(plan: list[Path]) -> None:
-    stages.merge_sensitivity(plan)
+    stages.sensitivity.merge(plan)
 
 
 @flow(task_runner=task_runner())
 def sensitivity(parameters: Parameters) -> None:
     """Sum over every training shard, and merge; sums that are whole stay."""
-    plan = stages.sensitivity_shards(parameters)
+    plan = stages.sensitivity.plan(parameters)
     for _ in collect(
         sensitivity_shard.map(unmapped(parameters), plan), "sensitivity (shards)", len(plan)
     ):

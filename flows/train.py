@@ -15,7 +15,7 @@ __all__ = ["train"]
 
 @task(cache_policy=NO_CACHE)
 def train_task(parameters: Parameters) -> None:
-    stages.train(parameters)
+    stages.train.run(parameters)
 
 
 @flow

@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from opnp.artifacts import DATA, MANIFEST
 from opnp.errors import InputError
 from opnp.files import atomic, digest, read_json
 from opnp.sources import Example, decode, fit
 
-__all__ = ["ImageSet", "Manifest", "data_file", "read", "read_manifest", "write"]
+__all__ = ["ImageSet", "Manifest", "data_file", "read", "read_manifest", "unit", "write"]
 
 ROW_GROUP = 1024  # images: what is decoded at once when some rows are read
 
@@ -216,3 +218,8 @@ def read(
     ]
     stacked = np.stack(images).reshape(len(images), size, size, -1)
     return stacked, labels[chosen]
+
+
+def unit(pixels: NDArray[np.uint8]) -> Tensor:
+    """Images, uint8 (N, H, W, C), as float32 in [0, 1], (N, C, H, W)."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 255

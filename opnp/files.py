@@ -1,5 +1,6 @@
 """Files that are whole or absent: written beside their place, then renamed."""
 
+import csv
 import hashlib
 import json
 import os
@@ -10,7 +11,7 @@ from typing import Any
 
 from opnp.errors import InputError
 
-__all__ = ["atomic", "digest", "read_json", "write_json"]
+__all__ = ["atomic", "digest", "read_json", "remove_others", "write_csv", "write_json"]
 
 
 @contextmanager
@@ -30,6 +31,24 @@ def digest(path: Path, algorithm: str = "sha256") -> str:
     """Hexadecimal digest of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, algorithm).hexdigest()
+
+
+def remove_others(folder: Path, keep: set[Path]) -> None:
+    """Remove what an earlier run made and this one did not, or left half made."""
+    for path in folder.rglob("*"):
+        if path.is_file() and path not in keep and path.name != ".gitignore":
+            path.unlink()
+    for path in sorted(folder.rglob("*"), reverse=True):
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+
+
+def write_csv(path: Path, columns: list[str], rows: list[dict[str, float]]) -> None:
+    """Write rows as CSV, atomically."""
+    with atomic(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -6,9 +6,13 @@ over all of them.
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
+
+from opnp.files import atomic
 
 __all__ = [
     "columns",
@@ -20,6 +24,7 @@ __all__ = [
     "ranks",
     "to_markdown",
     "with_means",
+    "write",
 ]
 
 Metrics = Mapping[str, Mapping[str, float]]
@@ -235,3 +240,9 @@ def kinds_of(evaluation: Mapping[str, Any]) -> dict[str, str]:
 
 def one_line(text: str) -> str:
     return " ".join(text.split())
+
+
+def write(path: Path, table: pa.Table) -> None:
+    """Write a table as Parquet, atomically."""
+    with atomic(path) as temporary:
+        pq.write_table(table, temporary, compression="zstd")

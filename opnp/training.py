@@ -1,8 +1,5 @@
 """Training a classifier: SGD or AdamW with a one-cycle schedule, deterministic under its seed."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -14,30 +11,9 @@ from opnp.backbones import Classifier
 from opnp.errors import InputError
 from opnp.progress import track
 
-# cuBLAS is deterministic only with a workspace of fixed size, stated before CUDA starts.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
-__all__ = ["Rectifier", "accuracy", "deterministic", "fit"]
+__all__ = ["Rectifier", "accuracy", "fit"]
 
 CONTRIBUTIONS = 2**23  # products W_ij·h_j held at once by `Rectifier`: 32 MiB of float32
-
-
-@contextmanager
-def deterministic(threads: int) -> Iterator[None]:
-    """Run with deterministic algorithms and a fixed number of threads of this thread's kernels.
-
-    The order in which a kernel sums depends on how many threads share it, so bits that should not
-    depend on the machine's load or size need a fixed number. That number is each Python thread's
-    own; the choice of algorithms is the process's, and stays, since tasks overlap in time.
-    """
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.allow_tf32 = False  # of 10 bits, where the CPU's float32 has 23
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:

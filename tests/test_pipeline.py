@@ -21,7 +21,7 @@ from opnp import artifacts, backbones, parameters, stages, tables, tensors, trac
 from opnp import features as shards
 from opnp.datasets import read_manifest
 from opnp.errors import InputError
-from opnp.files import digest
+from opnp.files import digest, remove_others
 from opnp.masks import PruningMask
 from opnp.search import setting_of
 from opnp.sensitivity import SensitivitySums
@@ -79,7 +79,7 @@ def test_run_ends_with_the_comparison_and_where_to_look(finished: Path) -> None:
 def test_sensitivity_file_holds_the_sums_of_both_halves_at_every_setting(workspace: Path) -> None:
     chosen = parameters.load()
     found, metadata = tensors.load(artifacts.SENSITIVITY, "")
-    [(h, _)] = stages.load_features(chosen, "train")
+    [(h, _)] = stages.features.load(chosen, "train")
     clip = float(np.percentile(h.numpy(), 90))
     assert read(artifacts.CLIPS) == {"90.0": clip}
     assert metadata["settings"] == [
@@ -104,7 +104,7 @@ def test_sensitivity_file_holds_the_sums_of_both_halves_at_every_setting(workspa
             for name in ("weights", "neurons_mean", "neurons_gradient", "neurons_taylor"):
                 expected = getattr(sums, name)
                 torch.testing.assert_close(found[f"{place}/{half}/{name}"], expected)
-    merged = stages.read_sensitivity(chosen)
+    merged = stages.sensitivity.read(chosen)
     assert [each.count for each in merged] == [len(h), len(h)]
     assert [(each.clip, each.temperature) for each in merged] == [(None, 1.0), (clip, 1.0)]
     assert all(each.halves is not None for each in merged)
@@ -144,9 +144,9 @@ def test_what_the_search_chose_is_among_its_trials_and_in_its_masks(workspace: P
         assert 1 <= record["within_noise"] <= len(accurate)
         assert record["interval"]["low"] <= record["fpr95"] <= record["interval"]["high"]
         assert record["instability"] >= 0
-    measured = stages.read_sensitivity(chosen)
+    measured = stages.sensitivity.read(chosen)
     for method, path in (("opnp", artifacts.MASK), ("opnp+react", artifacts.MASK_REACT)):
-        candidate = stages.chosen_candidate(found[method])
+        candidate = stages.evaluate.chosen_candidate(found[method])
         mask, expected = PruningMask.load(path), candidate.mask(setting_of(measured, candidate))
         assert torch.equal(mask.weights, expected.weights)
         assert torch.equal(mask.neurons, expected.neurons)
@@ -326,10 +326,10 @@ def test_plain_functions_and_any_number_of_workers_give_the_same_bits(
     monkeypatch.chdir(tmp_path)
     chosen = parameters.load()
     for stage in whole.STAGES[1:-1]:
-        getattr(stages, stage)(chosen)
+        getattr(stages, stage).run(chosen)
     assert but_report(contents(tmp_path)) == but_report(contents(finished))
     shutil.copy2(finished / artifacts.TIMES, artifacts.TIMES)
-    stages.report(chosen)
+    stages.report.run(chosen)
     assert contents(tmp_path) == contents(finished)
 
 
@@ -459,7 +459,7 @@ def test_features_of_other_code_are_made_again(
     from flows.sensitivity import sensitivity
 
     times = {p: p.stat().st_mtime_ns for p in workspace.glob("artifacts/*/**/*.*")}
-    monkeypatch.setattr(stages, "code_digest", lambda *modules: "other")
+    monkeypatch.setattr(stages.features, "code_digest", lambda *modules: "other")
     features(parameters.load())
     sensitivity(parameters.load())
     for path in workspace.glob("artifacts/[fs]e[an][ts]*/**/*.[as]*"):
@@ -470,7 +470,7 @@ def test_a_checkpoint_that_was_replaced_is_noticed(workspace: Path) -> None:
     shutil.copy2(workspace / artifacts.BACKBONE, "mine.safetensors")
     set_parameters(workspace, {"train.checkpoint": "mine.safetensors"})
     chosen = parameters.load()
-    stages.train(chosen)
+    stages.train.run(chosen)
     versions.record("train")
     assert not whole.outdated("train", chosen)
     with Path("mine.safetensors").open("ab") as file:
@@ -497,15 +497,16 @@ def test_sums_of_a_shard_are_used_again_until_a_setting_changes(workspace: Path)
         return {path: path.stat().st_mtime_ns for path in Path().glob("artifacts/s*/shards/*")}
 
     before, times = contents(workspace), sums()
-    stages.sensitivity(parameters.load())
+    stages.sensitivity.run(parameters.load())
     assert (contents(workspace), sums()) == (before, times)
     for change in ({"search.clip": [None, 80]}, {"search.temperature": [1.0, 3.0]}):
         set_parameters(workspace, change)
         times = sums()
-        stages.sensitivity(parameters.load())
+        stages.sensitivity.run(parameters.load())
         assert all(times[path] != time for path, time in sums().items())
     assert [
-        (each["clip"], each["temperature"]) for each in stages.settings_of(parameters.load())
+        (each["clip"], each["temperature"])
+        for each in stages.sensitivity.settings_of(parameters.load())
     ] == [(None, 1.0), (None, 3.0), (80.0, 1.0), (80.0, 3.0)]
 
 
@@ -517,11 +518,11 @@ def test_training_samples_divide_into_shards_of_any_size(workspace: Path) -> Non
     set_parameters(workspace, {"features.shard_size": size})
     chosen = parameters.load()
     for shard in shards.divide("train", count, size):
-        stages.feature_shard(chosen, shard, 0)
-    stages.remove_others(
+        stages.features.compute(chosen, shard)
+    remove_others(
         artifacts.FEATURES / "train", {s.path for s in shards.divide("train", count, size)}
     )
-    found = stages.sensitivity(chosen)
+    found = stages.sensitivity.run(chosen)
     assert [each.count for each in found] == [count, count]
     total = (before["0/0/weights"] + before["0/1/weights"]) / count
     torch.testing.assert_close(found[0].weights, total, rtol=1e-5, atol=1e-9)
@@ -539,7 +540,7 @@ def test_real_outliers_are_searched_and_tuned_on(workspace: Path, prefect_api: s
         },
     )
     chosen = parameters.load()
-    assert versions.data_changed(stages.data_parameters(chosen))
+    assert versions.data_changed(stages.fetch.data_parameters(chosen))
     seconds = whole.run_stages(chosen)
     assert set(seconds) == {"fetch", "features", "search", "evaluate", "report"}
     recorded = yaml.safe_load((workspace / "data.dvc").read_text())["meta"]
@@ -549,7 +550,7 @@ def test_real_outliers_are_searched_and_tuned_on(workspace: Path, prefect_api: s
     assert manifest.sets["outliers/patches"].role == "outliers"
     assert manifest.sets["outliers/patches"].count == 400
     assert set(manifest.ood) == {"held-out-digits", "letters", "noise"}
-    [(h, labels)] = stages.load_features(chosen, "outliers/patches")
+    [(h, labels)] = stages.features.load(chosen, "outliers/patches")
     assert h.shape == (400, 128)
     assert set(labels.tolist()) == {-1}
 
@@ -584,9 +585,9 @@ def test_real_outliers_are_searched_and_tuned_on(workspace: Path, prefect_api: s
     assert not [stage for stage in whole.STAGES if whole.outdated(stage, alone)]
 
     set_parameters(workspace, {"search.outliers": {}, "search.proxies": ["blobs"]})
-    assert versions.data_changed(stages.data_parameters(parameters.load()))
+    assert versions.data_changed(stages.fetch.data_parameters(parameters.load()))
     with pytest.raises(InputError, match=r"data/ was fetched with other .* search\.outliers"):
-        stages.features(parameters.load())
+        stages.features.run(parameters.load())
 
 
 @pytest.mark.parametrize(
@@ -609,7 +610,7 @@ def test_a_checkpoint_of_another_backbone_is_evaluated(
             "evaluate.detectors": [*SMALL["evaluate.detectors"], "rankfeat", "nac", "opnp+vim"],
         },
     )
-    trained = stages.train(parameters.load())
+    trained = stages.train.run(parameters.load())
     assert trained["validation_accuracy"] > 30  # of seven classes
     shutil.copy2(artifacts.BACKBONE, "mine.safetensors")
     set_parameters(workspace, {"train.checkpoint": "mine.safetensors"})
@@ -658,8 +659,8 @@ def test_every_detector_of_the_parameters_is_compared(workspace: Path) -> None:
         },
     )
     chosen = parameters.load()
-    metrics = stages.evaluate(chosen)
-    stages.report(chosen)
+    metrics = stages.evaluate.run(chosen)
+    stages.report.run(chosen)
     evaluation = read(artifacts.EVALUATION)
     assert evaluation["unavailable"] == {}
     assert list(metrics["detectors"]) == everything

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from opnp import training
+from opnp import devices, training
 from opnp.backbones import Classifier
 from opnp.energy import linear_head
 from opnp.errors import InputError
@@ -48,7 +48,7 @@ def blobs(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def trained(**settings: Any) -> tuple[Classifier, list[dict[str, float]]]:
-    with training.deterministic(1):
+    with devices.deterministic(1):
         torch.manual_seed(0)
         encoder = nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.ReLU())
         model = Classifier(encoder, nn.Linear(32, K))

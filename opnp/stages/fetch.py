@@ -1,0 +1,172 @@
+"""Fetch: every image set of the parameters, written to `data/` with a manifest."""
+
+import shutil
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from opnp import artifacts, datasets, sources
+from opnp.datasets import ImageSet, Manifest, data_file, read_manifest
+from opnp.errors import InputError
+from opnp.files import write_json
+from opnp.parameters import Parameters
+
+
+def run(parameters: Parameters) -> Manifest:
+    """Write every image set of the parameters, and their manifest, to `data/`."""
+    begin(parameters)
+    sets = id_sets(parameters)
+    for name in ood_sources(parameters):
+        sets |= ood_set(parameters, name)
+    fetched = manifest(parameters, sets)
+    finish(fetched)
+    return fetched
+
+
+def begin(parameters: Parameters) -> None:
+    """Make room beside `data/`, which stays as it is until everything has been fetched.
+
+    Raises:
+        InputError: a source lies in `data/`, which will be replaced.
+    """
+    data, outliers = parameters.data, parameters.search.outliers
+    for spec in (data.id, *data.near.values(), *data.far.values(), *outliers.values()):
+        if Path(spec).resolve().is_relative_to(artifacts.DATA.resolve()):
+            raise InputError(
+                f"The source {spec} lies in {artifacts.DATA}/, which fetch replaces: move it away."
+            )
+    shutil.rmtree(artifacts.FETCHED, ignore_errors=True)
+
+
+def ood_sets(parameters: Parameters) -> dict[str, tuple[str, str]]:
+    """Every set of OOD images by name, with its role and its source."""
+    sets = {f"ood/{name}": ("near", source) for name, source in parameters.data.near.items()}
+    sets |= {f"ood/{name}": ("far", source) for name, source in parameters.data.far.items()}
+    for name, source in parameters.search.outliers.items():
+        sets[f"outliers/{name}"] = ("outliers", source)
+    return sets
+
+
+def ood_sources(parameters: Parameters) -> list[str]:
+    """The OOD sets with a source of their own: all but those of held-out classes."""
+    sets = ood_sets(parameters)
+    return [name for name, (_, source) in sets.items() if source != "held-out"]
+
+
+def data_parameters(parameters: Parameters) -> dict[str, Any]:
+    """What the images depend on."""
+    outliers = parameters.search.outliers
+    return parameters.data.model_dump() | ({"outliers": outliers} if outliers else {})
+
+
+def id_sets(parameters: Parameters) -> dict[str, ImageSet]:
+    """Write the ID splits, and the OOD sets made of their held-out classes.
+
+    Where the source has no test split of its own, the images are divided by class (stratified).
+    """
+    data = parameters.data
+    classes, splits = sources.open_id(data.id)
+    if unknown := [label for label in data.held_out if label >= len(classes)]:
+        raise InputError(
+            f"data.held_out names class {unknown[0]}, but {data.id} has only {len(classes)}."
+        )
+    known = [label for label in range(len(classes)) if label not in data.held_out]
+    if len(known) < 2:
+        raise InputError(
+            f"data.held_out leaves {len(known)} of {len(classes)} classes: at least 2 must stay."
+        )
+    names = [classes[label] for label in known]
+    examples = {name: list(split) for name, split in splits.items()}
+    if "all" in examples and data.test is None:
+        raise InputError(f"{data.id} has no test split: say in data.test how many percent to take.")
+    for split, pairs in examples.items():
+        for row, (_, label) in enumerate(pairs):
+            if not 0 <= label < len(classes):
+                raise InputError(
+                    f"Image {row} of the {split} split of {data.id} has label {label}, but there "
+                    f"are {len(classes)} classes from 0 on: correct the labels."
+                )
+    rng = sources.generator(data.seed, "split")
+    divided: dict[str, list[sources.Example]] = {"train": [], "validation": [], "test": []}
+    for new, label in enumerate(known):
+        pool = [image for image, y in examples.get("all", examples.get("train", [])) if y == label]
+        order = rng.permutation(len(pool))
+        test = round(len(pool) * data.test / 100) if "all" in examples and data.test else 0
+        stop = test + round(len(pool) * data.validation / 100)
+        parts = {"test": order[:test], "validation": order[test:stop], "train": order[stop:]}
+        if empty := [split for split in ("train", "validation") if len(parts[split]) == 0]:
+            raise InputError(
+                f"Class {classes[label]} of {data.id} has no {empty[0]} images: give it some, or "
+                "leave it out in data.held_out."
+            )
+        for split, indices in parts.items():
+            divided[split] += [(pool[index], new) for index in indices]
+    held_out = [(image, -1) for image, y in examples.get("all", []) if y in data.held_out]
+    for image, y in examples.get("test", []):
+        if y in known:
+            divided["test"].append((image, known.index(y)))
+        else:
+            held_out.append((image, -1))
+
+    def write(name: str, role: str, chosen: list[sources.Example], labels: list[str]) -> ImageSet:
+        shuffled = (chosen[index] for index in rng.permutation(len(chosen)))
+        limit = None if labels else data.ood_count
+        path = data_file(name, artifacts.FETCHED)
+        return datasets.write(
+            path, role, data.id, shuffled, data.image_size, data.mode, labels, limit
+        )
+
+    sets = {split: write(split, split, chosen, names) for split, chosen in divided.items()}
+    for role, named in (("near", data.near), ("far", data.far)):
+        for name, source in named.items():
+            if source == "held-out":
+                sets[f"ood/{name}"] = write(f"ood/{name}", role, held_out, [])
+    return sets
+
+
+def ood_set(parameters: Parameters, name: str) -> dict[str, ImageSet]:
+    """Write the OOD set ``name``, whose source is not the ID source's held-out classes."""
+    data = parameters.data
+    role, source = ood_sets(parameters)[name]
+    examples = sources.open_ood(source, data.image_size, data.seed)
+    limited = islice(examples, data.ood_count)
+    path = data_file(name, artifacts.FETCHED)
+    entry = datasets.write(path, role, source, limited, data.image_size, data.mode, [])
+    return {name: entry}
+
+
+def manifest(parameters: Parameters, sets: dict[str, ImageSet]) -> Manifest:
+    """The manifest of what has been fetched."""
+    wanted = ["train", "validation", "test", *ood_sets(parameters)]
+    return Manifest(
+        data_parameters(parameters),
+        list(sets["train"].classes),
+        {name: sets[name] for name in wanted},
+    )
+
+
+def finish(manifest: Manifest) -> None:
+    """Put what has been fetched, with its manifest, in the place of `data/`."""
+    write_json(artifacts.FETCHED / artifacts.MANIFEST.name, manifest.as_json())
+    place = artifacts.DATA.resolve()  # a link to another disk stays one
+    old = place.with_name(f"{place.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists():
+        place.rename(old)
+    shutil.move(artifacts.FETCHED, place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def manifest_of(parameters: Parameters) -> Manifest:
+    """The manifest of `data/`, if they were fetched with these parameters.
+
+    Raises:
+        InputError: it was fetched with others, or is missing.
+    """
+    manifest = read_manifest()
+    if manifest.parameters != data_parameters(parameters):
+        raise InputError(
+            f"{artifacts.DATA}/ was fetched with other parameters in section data, or other "
+            f"search.outliers, than {artifacts.PARAMETERS} has now: run `python -m flows.fetch`."
+        )
+    return manifest

@@ -1,0 +1,169 @@
+"""Sensitivity: sums over every training shard, merged in shard order."""
+
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from opnp import artifacts, backbones, devices, energy, tensors
+from opnp import features as shards
+from opnp import sensitivity as sensitivity_module
+from opnp.errors import InputError
+from opnp.files import digest, read_json, remove_others, write_json
+from opnp.parameters import Parameters
+from opnp.progress import track
+from opnp.sensitivity import Sensitivity, SensitivitySums, halved
+from opnp.stages import features
+
+SENSITIVITIES = ("weights", "neurons_mean", "neurons_gradient", "neurons_taylor")
+
+
+def run(parameters: Parameters) -> list[Sensitivity]:
+    """Measure the sensitivities of the head over all training features, shard by shard."""
+    paths = plan(parameters)
+    for path in track(paths, "sensitivity (shards)", len(paths)):
+        compute(parameters, path)
+    return merge(paths)
+
+
+def plan(parameters: Parameters) -> list[Path]:
+    """The feature shards of the training split, in order; where to clip is written down first.
+
+    Raises:
+        InputError: they are missing, damaged, of something else, or not the whole split.
+    """
+    expected = features.expected_metadata(parameters, "train")
+    paths = shards.shard_paths("train", expected)
+    clips: dict[str, float] = {}
+    if percentiles := [each for each in parameters.search.clip if each is not None]:
+        h, _ = shards.load("train", expected)
+        clips = {str(each): sensitivity_module.clip_threshold(h, each) for each in percentiles}
+        if len(set(clips.values())) < len(clips):
+            raise InputError(
+                "search.clip: at two of its percentiles the training activations are the same "
+                f"({', '.join(f'{name} %: {at:g}' for name, at in clips.items())}): keep one."
+            )
+    write_json(artifacts.CLIPS, clips)
+    return paths
+
+
+def settings_of(parameters: Parameters) -> list[dict[str, Any]]:
+    """Every clip (percentile and threshold) and temperature that the search tries, in its order."""
+    clips = read_json(artifacts.CLIPS, "python -m flows.sensitivity")
+    search = parameters.search
+    if set(clips) != {str(each) for each in search.clip if each is not None}:
+        raise InputError(
+            f"{artifacts.CLIPS} is of another search.clip: run `python -m flows.sensitivity`."
+        )
+    return [
+        {"clip": clip, "threshold": clips.get(str(clip)), "temperature": temperature}
+        for clip, temperature in product(search.clip, search.temperature)
+    ]
+
+
+def sums_file(path: Path) -> Path:
+    return artifacts.SENSITIVITY.parent / "shards" / f"{path.stem}.safetensors"
+
+
+def compute(parameters: Parameters, path: Path) -> bool:
+    """Sum one shard's contributions; say False if that was already done and the file is whole.
+
+    Rows in even and in odd places are summed apart: two halves of the training samples.
+    """
+    h, _, origin = shards.read_shard(path)
+    metadata: dict[str, Any] = {
+        "backbone": origin["backbone"],
+        "rows": origin["rows"],
+        "features": digest(path),
+        "settings": settings_of(parameters),
+        "code": features.code_digest(energy, sensitivity_module),
+    }
+    try:
+        if read_sums(sums_file(path))[1] == metadata:
+            return False
+    except InputError:
+        pass
+    model, _, _ = backbones.load(artifacts.BACKBONE)
+    device = devices.device()
+    weight, bias = model.head.weight, energy.bias_of(model.head)
+    halves = (h[::2].to(device), h[1::2].to(device))
+    with devices.deterministic(threads=1):
+        sums = [
+            SensitivitySums.of(half, weight, bias, setting["temperature"], setting["threshold"])
+            for setting in metadata["settings"]
+            for half in halves
+        ]
+    write_sums(sums_file(path), sums, metadata)
+    return True
+
+
+def write_sums(path: Path, sums: Sequence[SensitivitySums], metadata: dict[str, Any]) -> None:
+    """Write the sums of two halves for each setting: tensors SETTING/HALF/NAME."""
+    named = {
+        f"{place // 2}/{place % 2}/{name}": getattr(each, name)
+        for place, each in enumerate(sums)
+        for name in SENSITIVITIES
+    }
+    tensors.save(path, named, {**metadata, "counts": [each.count for each in sums]})
+
+
+def read_sums(path: Path) -> tuple[list[SensitivitySums], dict[str, Any]]:
+    """The sums of either half for each setting, and what they were made from.
+
+    Raises:
+        InputError: the file is missing, damaged or holds something else.
+    """
+    again = "run `python -m flows.sensitivity`"
+    found, metadata = tensors.load(path, again)
+    try:
+        settings, counts = metadata["settings"], metadata.pop("counts")
+        sums = [
+            SensitivitySums(
+                **{name: found[f"{place // 2}/{place % 2}/{name}"] for name in SENSITIVITIES},
+                count=count,
+                temperature=settings[place // 2]["temperature"],
+                clip=settings[place // 2]["threshold"],
+            )
+            for place, count in enumerate(counts)
+        ]
+    except (KeyError, IndexError, TypeError):
+        sums = []
+    if len(sums) * len(SENSITIVITIES) != len(found) or not sums:
+        raise InputError(f"{path} does not hold sensitivities and their counts: {again}.")
+    return sums, metadata
+
+
+def merge(plan: list[Path]) -> list[Sensitivity]:
+    """Add the sums of all shards, in shard order, and write them as the sums of the whole."""
+    total, metadata = read_sums(sums_file(plan[0]))
+    for path in plan[1:]:
+        total = [a + b for a, b in zip(total, read_sums(sums_file(path))[0], strict=True)]
+    kept = {key: metadata[key] for key in ("backbone", "settings")}
+    write_sums(artifacts.SENSITIVITY, total, kept)
+    remove_others(
+        artifacts.SENSITIVITY.parent,
+        {artifacts.SENSITIVITY, artifacts.CLIPS, *(sums_file(path) for path in plan)},
+    )
+    return halves_together(total)
+
+
+def halves_together(sums: list[SensitivitySums]) -> list[Sensitivity]:
+    """The sensitivity at each setting, of the sums of either half at each."""
+    return [halved(*pair) for pair in zip(sums[::2], sums[1::2], strict=True)]
+
+
+def read(parameters: Parameters) -> list[Sensitivity]:
+    """The merged sensitivities at every clip and temperature, in the order of `settings_of`.
+
+    Raises:
+        InputError: missing, damaged, of another backbone or of other clips and temperatures.
+    """
+    again = "run `python -m flows.sensitivity`"
+    total, metadata = read_sums(artifacts.SENSITIVITY)
+    if metadata["backbone"] != digest(artifacts.BACKBONE):
+        raise InputError(f"{artifacts.SENSITIVITY} is of another backbone: {again}.")
+    if metadata["settings"] != settings_of(parameters):
+        raise InputError(
+            f"{artifacts.SENSITIVITY} is of another search.clip or search.temperature: {again}."
+        )
+    return halves_together(total)
