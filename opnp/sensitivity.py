@@ -18,13 +18,14 @@ Sensitivities are means, and means of parts cannot be merged; hence `Sensitivity
 of the training set contributes is a sum and a count, and parts are merged by adding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Literal, Self, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from opnp.energy import check_head, logits
@@ -35,6 +36,7 @@ __all__ = [
     "Sensitivity",
     "SensitivitySums",
     "clip_threshold",
+    "clip_thresholds",
     "halved",
     "measure",
     "neuron_sensitivity",
@@ -136,14 +138,11 @@ class SensitivitySums:
         Raises:
             InputError: shapes disagree, values are not finite, or T is not positive.
         """
-        check_head(features, weight, bias, temperature)
-        weight, bias = weight.to(features.device).double(), bias.to(features.device).double()
+        weight = weight.detach().to(features.device).double()
         m = torch.zeros_like(weight)
         gradient = torch.zeros_like(weight[0])
         taylor = torch.zeros_like(gradient)
-        for h in features.split(BATCH):
-            h = h.double().clamp(max=clip) if clip is not None else h.double()
-            p = torch.softmax(logits(h, weight, bias) / temperature, dim=1)  # (B, K)
+        for h, p in probabilities(features, weight, bias, temperature, clip):
             dh = p @ weight  # −∂E/∂h, (B, L)
             m += p.T @ h.abs()  # Σ_k |−p_i h_j|: p is never negative
             gradient += dh.abs().sum(dim=0)
@@ -201,6 +200,25 @@ class SensitivitySums:
         )
 
 
+def probabilities(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    temperature: float = 1.0,
+    clip: float | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features h (B, L) as the head sees them and p = softmax(f/T) (B, K), float64, in batches.
+
+    Raises:
+        InputError: shapes disagree, values are not finite, or T is not positive.
+    """
+    check_head(features, weight, bias, temperature)
+    weight, bias = (each.to(features.device).double() for each in (weight, bias))
+    for h in features.split(BATCH):
+        h = h.double() if clip is None else h.double().clamp(max=clip)
+        yield h, torch.softmax(logits(h, weight, bias) / temperature, dim=1)
+
+
 def halved(first: SensitivitySums, second: SensitivitySums) -> Sensitivity:
     """The sensitivities of two halves of the training samples together, which keep either half's.
 
@@ -252,12 +270,66 @@ def clip_threshold(features: Tensor, percentile: float) -> float:
     Raises:
         InputError: there are no features, or the percentile is not between 0 and 100.
     """
-    if features.numel() == 0 or not 0 <= percentile <= 100:
-        raise InputError(
-            f"The {percentile:g} % percentile of {len(features)} samples' features is undefined: "
-            "give one between 0 and 100, and samples."
-        )
+    check_percentile(percentile, features.numel())
     return float(np.percentile(features.cpu().numpy(), percentile))
+
+
+def check_percentile(percentile: float, count: int) -> None:
+    if count == 0 or not 0 <= percentile <= 100:
+        raise InputError(
+            f"The {percentile:g} % percentile of {count} activations is undefined: give one "
+            "between 0 and 100, and samples."
+        )
+
+
+def clip_thresholds(
+    blocks: Callable[[], Iterable[Tensor]], percentiles: Sequence[float]
+) -> list[float]:
+    """`clip_threshold` at some percentiles of float32 features that need not fit in memory.
+
+    Exact, with linear interpolation. float32 numbers are ordered as their bits are (those of
+    negative ones inverted), so that one pass over the features counts the upper halves of these
+    bits, and a second one the lower halves where the upper half is that of a number sought.
+
+    Args:
+        blocks: gives the features (N, L), up to float32, part by part, anew at each call.
+        percentiles: between 0 and 100.
+
+    Raises:
+        InputError: there are no features, or a percentile is not between 0 and 100.
+    """
+
+    def ordered() -> Iterator[NDArray[np.uint32]]:
+        for block in blocks():
+            bits = block.cpu().float().contiguous().numpy().view(np.uint32).ravel()
+            yield np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
+
+    upper = np.zeros(1 << 16, np.int64)
+    for bits in ordered():
+        upper += np.bincount(bits >> 16, minlength=1 << 16)
+    total, ends = int(upper.sum()), upper.cumsum()
+    for percentile in percentiles:
+        check_percentile(percentile, total)
+    places = [percentile / 100 * (total - 1) for percentile in percentiles]
+    ranks = {int(rank) for place in places for rank in (np.floor(place), np.ceil(place))}
+    half = {rank: int(np.searchsorted(ends, rank, side="right")) for rank in ranks}
+    lower = {each: np.zeros(1 << 16, np.int64) for each in half.values()}
+    for bits in ordered():
+        for each, counts in lower.items():
+            counts += np.bincount(bits[bits >> 16 == each] & 0xFFFF, minlength=1 << 16)
+
+    def value(rank: int) -> float:
+        high = half[rank]
+        before = int(ends[high - 1]) if high else 0
+        low = int(np.searchsorted(lower[high].cumsum(), rank - before, side="right"))
+        bits = np.uint32(high << 16 | low)
+        return float((bits & np.uint32(0x7FFFFFFF) if bits >> 31 else ~bits).view(np.float32))
+
+    found = []
+    for place in places:
+        low, high = value(int(np.floor(place))), value(int(np.ceil(place)))
+        found.append(float(np.float32(low + (place % 1) * (high - low))))
+    return found
 
 
 def parameter_sensitivity(
@@ -283,7 +355,12 @@ def parameter_sensitivity(
     >>> parameter_sensitivity(h, W, b).shape
     torch.Size([3, 8])
     """
-    return SensitivitySums.of(features, weight, bias, temperature).mean().weights
+    total = torch.zeros(weight.shape, dtype=torch.float64, device=features.device)
+    for h, p in probabilities(features, weight, bias, temperature):
+        total += p.T @ h.abs()
+    if len(features) == 0:
+        raise InputError("The sensitivity of no samples is undefined: the training set is empty.")
+    return total.cpu() / len(features)
 
 
 def neuron_sensitivity(

@@ -20,6 +20,7 @@ from opnp.sensitivity import (
     Sensitivity,
     SensitivitySums,
     clip_threshold,
+    clip_thresholds,
     halved,
     measure,
     neuron_sensitivity,
@@ -430,3 +431,35 @@ def test_an_unknown_neuron_sensitivity_is_refused_with_the_known_ones() -> None:
     unknown: Any = "median"
     with pytest.raises(InputError, match=r"'median'.*mean, gradient, taylor"):
         neuron_sensitivity(*drawn(12, n=5, k=3, width=4), kind=unknown)
+
+
+@given(
+    st.lists(
+        st.lists(
+            st.floats(-1e6, 1e6, width=32) | st.sampled_from([0.0, -0.0, 1.0]),
+            min_size=1,
+            max_size=40,
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.lists(st.floats(0, 100), min_size=1, max_size=3),
+)
+def test_thresholds_found_part_by_part_are_those_of_the_whole(
+    parts: list[list[float]], percentiles: list[float]
+) -> None:
+    blocks = [torch.tensor(part, dtype=torch.float32)[:, None] for part in parts]
+    whole = torch.cat(blocks).double()
+    for found, percentile in zip(
+        clip_thresholds(lambda: blocks, percentiles), percentiles, strict=True
+    ):
+        expected = clip_threshold(whole, percentile)
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-6 * float(whole.abs().max()))
+
+
+@pytest.mark.parametrize(("blocks", "percentile"), [([], 50.0), ([torch.ones(2, 2)], 101.0)])
+def test_thresholds_of_nothing_or_beyond_all_are_refused(
+    blocks: list[Tensor], percentile: float
+) -> None:
+    with pytest.raises(InputError, match=f"{percentile:g} % percentile"):
+        clip_thresholds(lambda: blocks, [percentile])

@@ -12,7 +12,7 @@ from opnp.errors import InputError
 from opnp.files import digest, read_json, remove_others, write_json
 from opnp.parameters import Parameters
 from opnp.progress import track
-from opnp.sensitivity import Sensitivity, SensitivitySums, halved
+from opnp.sensitivity import Sensitivity, SensitivitySums, clip_thresholds, halved
 from opnp.stages import features
 
 SENSITIVITIES = ("weights", "neurons_mean", "neurons_gradient", "neurons_taylor")
@@ -36,8 +36,10 @@ def plan(parameters: Parameters) -> list[Path]:
     paths = shards.shard_paths("train", expected)
     clips: dict[str, float] = {}
     if percentiles := [each for each in parameters.search.clip if each is not None]:
-        h, _ = shards.load("train", expected)
-        clips = {str(each): sensitivity_module.clip_threshold(h, each) for each in percentiles}
+        thresholds = clip_thresholds(
+            lambda: (shards.read_shard(path)[0] for path in paths), percentiles
+        )
+        clips = dict(zip(map(str, percentiles), thresholds, strict=True))
         if len(set(clips.values())) < len(clips):
             raise InputError(
                 "search.clip: at two of its percentiles the training activations are the same "
