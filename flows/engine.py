@@ -56,7 +56,7 @@ def run(flow: Any, parameters: Parameters, **chosen: Any) -> None:
         return
     sharded = flow.with_options(task_runner=task_runner(settings))
     for attempt in range(1, ATTEMPTS + 1):
-        server.share_gpus()
+        server.share_gpus(count(settings))
         try:
             sharded(parameters, **chosen)
             return
@@ -87,11 +87,12 @@ def task_runner(settings: Engine) -> Any:
     if settings.runner == "threads":
         return threads(settings)
     if settings.runner == "processes":
+        from prefect.context import SettingsContext
         from prefect.task_runners import ProcessPoolTaskRunner
 
-        return ProcessPoolTaskRunner(max_workers=count(settings))
+        return ProcessPoolTaskRunner(count(settings), [forwarding(SettingsContext.get())])
     try:
-        from prefect_dask import DaskTaskRunner
+        import prefect_dask.task_runners
     except ImportError:
         raise InputError(
             "engine.runner is dask, which is not installed: pip install 'opnp[dask]'."
@@ -101,11 +102,27 @@ def task_runner(settings: Engine) -> Any:
             "n_workers": count(settings),
             "threads_per_worker": 1,
             "memory_limit": None,  # else each gets a core's share of the memory, and dies beyond it
-            "dashboard_address": None,
+            "dashboard_address": "127.0.0.1:0",
         }
-        return DaskTaskRunner(cluster_kwargs=cluster)
+        return prefect_dask.task_runners.DaskTaskRunner(cluster_kwargs=cluster)
     check_cluster(settings)
-    return DaskTaskRunner(address=settings.scheduler, client_kwargs={"timeout": ANSWER_LIMIT})
+    return prefect_dask.task_runners.DaskTaskRunner(
+        address=settings.scheduler, client_kwargs={"timeout": ANSWER_LIMIT}
+    )
+
+
+def forwarding(context: Any) -> Any:
+    """What makes the thread that forwards the reports of processes know the run's server.
+
+    It begins without the settings of the thread that starts it, and would start another server.
+    """
+
+    def enter() -> Any:
+        if context is not None:
+            context.copy().__enter__()
+        return lambda kind, message: (kind, message)
+
+    return enter
 
 
 def threads(settings: Engine) -> Any:
@@ -138,7 +155,7 @@ def check_cluster(settings: Engine) -> None:
             "one that they reach in PREFECT_API_URL, or use a scheduler on this machine."
         )
     try:
-        client = Client(address, timeout=ANSWER_LIMIT, set_as_default=False)
+        client = Client(address, timeout=ANSWER_LIMIT, set_as_default=False)  # type: ignore[no-untyped-call]
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(

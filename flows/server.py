@@ -122,11 +122,16 @@ def address() -> str:
     return file.read_text()
 
 
-def share_gpus() -> None:
-    """Let as many tasks tagged `gpu` run at once as there are GPUs, if the server is the run's own.
+def share_gpus(workers: int) -> None:
+    """Let no more tasks tagged `gpu` run at once than there are GPUs, if the server is the run's.
 
-    The limit is made anew, since tasks that were killed still hold their slots. Where there is no
-    GPU there is no limit. A server that is named is its administrator's.
+    A limit costs each task about two seconds on a server that keeps its state in SQLite, which
+    refuses requests that come together; so there is one only where workers outnumber the GPUs. It
+    is made anew, since tasks that were killed still hold their slots. A server that is named is its
+    administrator's.
+
+    Args:
+        workers: how many there are on this machine.
     """
     file = address_file(owner())
     if not file.exists() or file.read_text() != named():
@@ -138,7 +143,7 @@ def share_gpus() -> None:
     with get_client(sync_client=True) as client:
         with suppress(ObjectNotFound):
             client.delete_concurrency_limit_by_tag("gpu")
-        if gpus := torch.cuda.device_count():
+        if 0 < (gpus := torch.cuda.device_count()) < workers:
             client.create_concurrency_limit("gpu", gpus)
 
 
