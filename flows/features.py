@@ -3,7 +3,7 @@
 from prefect import flow, task, unmapped
 from prefect.cache_policies import NO_CACHE
 
-from flows.stage import collect, command, task_runner, unless_bad_input
+from flows.stage import collect, command, unless_bad_input
 from opnp import stages
 from opnp.features import Shard
 from opnp.parameters import Parameters
@@ -11,12 +11,12 @@ from opnp.parameters import Parameters
 __all__ = ["features"]
 
 
-@task(retries=2, retry_condition_fn=unless_bad_input, cache_policy=NO_CACHE)
+@task(tags=["gpu"], retries=2, retry_condition_fn=unless_bad_input, cache_policy=NO_CACHE)
 def feature_shard(parameters: Parameters, shard: Shard) -> bool:
     return stages.features.compute(parameters, shard)
 
 
-@flow(task_runner=task_runner())
+@flow
 def features(parameters: Parameters) -> None:
     """Compute the features of every split and proxy family; shards that are whole stay."""
     plan = stages.features.plan(parameters)

@@ -6,7 +6,7 @@ from typing import Any
 from prefect import flow, task, unmapped
 from prefect.cache_policies import NO_CACHE
 
-from flows.stage import command, task_runner, unless_bad_input
+from flows.stage import command, unless_bad_input
 from flows.versions import check_data, record_data
 from opnp import stages
 from opnp.datasets import ImageSet
@@ -34,7 +34,7 @@ def fetch_ood(parameters: Parameters, name: str) -> dict[str, ImageSet]:
     return stages.fetch.ood_set(parameters, name)
 
 
-@flow(task_runner=task_runner())
+@flow
 def fetch(parameters: Parameters, accept: bool = False) -> None:
     """Fetch every source and record the data with DVC.
 

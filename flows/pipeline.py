@@ -7,7 +7,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from flows import server, versions
+from flows import engine, server, versions
 from flows.stage import hide_input_errors, timed
 from opnp import artifacts, parameters, stages, tracking
 from opnp.errors import InputError
@@ -45,7 +45,7 @@ def run_stages(chosen: Parameters) -> dict[str, float]:
             print(f"{stage}: up to date")
             continue
         flow = getattr(import_module(f"flows.{stage}"), stage)
-        seconds[stage] = timed(stage, partial(flow, chosen))
+        seconds[stage] = timed(stage, partial(engine.run, flow, chosen))
         if parameters.load() != chosen:
             raise InputError(
                 f"{artifacts.PARAMETERS} was changed during the run, and {stage} is not recorded: "
@@ -66,6 +66,7 @@ def pipeline() -> None:
 
         hide_input_errors()
         with server.running():
+            engine.task_runner(chosen.engine)  # refused here, not after hours of training
             seconds = Flow(run_stages, name="pipeline")(chosen)
         tracking.record_run(chosen, seconds)
     else:

@@ -5,14 +5,14 @@ from pathlib import Path
 from prefect import flow, task, unmapped
 from prefect.cache_policies import NO_CACHE
 
-from flows.stage import collect, command, task_runner, unless_bad_input
+from flows.stage import collect, command, unless_bad_input
 from opnp import stages
 from opnp.parameters import Parameters
 
 __all__ = ["sensitivity"]
 
 
-@task(retries=2, retry_condition_fn=unless_bad_input, cache_policy=NO_CACHE)
+@task(tags=["gpu"], retries=2, retry_condition_fn=unless_bad_input, cache_policy=NO_CACHE)
 def sensitivity_shard(parameters: Parameters, path: Path) -> bool:
     return stages.sensitivity.compute(parameters, path)
 
@@ -22,7 +22,7 @@ def merge(plan: list[Path]) -> None:
     stages.sensitivity.merge(plan)
 
 
-@flow(task_runner=task_runner())
+@flow
 def sensitivity(parameters: Parameters) -> None:
     """Sum over every training shard, and merge; sums that are whole stay."""
     plan = stages.sensitivity.plan(parameters)

@@ -25,7 +25,7 @@ import psutil
 from opnp.errors import InputError
 from opnp.files import atomic
 
-__all__ = ["running", "start"]
+__all__ = ["running", "share_gpus", "start"]
 
 LOGS = Path("logs")
 START_LIMIT = 180.0  # seconds; a first start also creates Prefect's database
@@ -122,6 +122,31 @@ def address() -> str:
     return file.read_text()
 
 
+def share_gpus(workers: int) -> None:
+    """Let no more tasks tagged `gpu` run at once than there are GPUs, if the server is the run's.
+
+    A limit costs each task about two seconds on a server that keeps its state in SQLite, which
+    refuses requests that come together; so there is one only where workers outnumber the GPUs. It
+    is made anew, since tasks that were killed still hold their slots. A server that is named is its
+    administrator's.
+
+    Args:
+        workers: how many there are on this machine.
+    """
+    file = address_file(owner())
+    if not file.exists() or file.read_text() != named():
+        return
+    import torch
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    with get_client(sync_client=True) as client:
+        with suppress(ObjectNotFound):
+            client.delete_concurrency_limit_by_tag("gpu")
+        if 0 < (gpus := torch.cuda.device_count()) < workers:
+            client.create_concurrency_limit("gpu", gpus)
+
+
 def serve(pid: int, file: Path) -> None:
     """Serve Prefect's API on a free port of loopback until the process ``pid`` ends."""
     # As Prefect's own temporary servers: no user interface, no background services.
@@ -129,8 +154,17 @@ def serve(pid: int, file: Path) -> None:
         "PREFECT_UI_ENABLED": "0",
         "PREFECT__SERVER_EPHEMERAL": "1",
         "PREFECT__SERVER_FINAL": "1",
+        # A task that waits for a GPU asks again within a second, not after ten.
+        "PREFECT_SERVER_TASKS_TAG_CONCURRENCY_SLOT_WAIT_SECONDS": "0.5",
+        "PREFECT_SERVER_SERVICES_REPOSSESSOR_LOOP_SECONDS": "5",
     }
     import uvicorn
+    from prefect.server.services.perpetual_services import get_perpetual_services
+    from prefect.server.services.repossessor import monitor_expired_leases
+
+    for service in get_perpetual_services():
+        # Frees the GPU of a worker that died (after a minute), for the one that takes its place.
+        service.run_in_ephemeral |= service.function is monitor_expired_leases
 
     listener = socket.create_server(("127.0.0.1", 0))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"

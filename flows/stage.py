@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flows import server
+from flows import engine, server
 from opnp import parameters
 from opnp.errors import InputError, UnavailableError
 from opnp.files import write_json
@@ -21,25 +20,12 @@ __all__ = [
     "collect",
     "command",
     "hide_input_errors",
-    "task_runner",
     "timed",
     "timings",
     "unless_bad_input",
 ]
 
 TIMINGS = Path("logs/timings.json")
-
-
-def task_runner() -> Any:
-    """Threads that run tasks: OPNP_WORKERS of them, else one for each GPU, else for each core."""
-    import torch
-    from prefect.task_runners import ThreadPoolTaskRunner
-
-    stated = os.environ.get("OPNP_WORKERS", "")
-    if stated and not (stated.isdigit() and int(stated)):
-        sys.exit(f"error: OPNP_WORKERS must be a number of workers, not {stated!r}.")
-    workers = int(stated or 0) or torch.cuda.device_count() or os.cpu_count() or 1
-    return ThreadPoolTaskRunner(max_workers=workers)
 
 
 def unless_bad_input(task: Any, run: Any, state: Any) -> bool:
@@ -87,7 +73,7 @@ def command(stage: Any, **flags: str) -> None:
     try:
         loaded = parameters.load()
         with server.running():
-            timed(stage.__name__, partial(stage, loaded, **chosen))
+            timed(stage.__name__, partial(engine.run, stage, loaded, **chosen))
     except InputError as error:
         sys.exit(f"error: {error}")
 

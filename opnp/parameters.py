@@ -1,9 +1,11 @@
 """The parameters of a run: `params.yaml`, validated before any work starts."""
 
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -160,8 +162,46 @@ class Evaluate(Section):
         return self
 
 
+class Engine(Section):
+    """Who computes the shards. It decides how fast a run is, and nothing of what it makes."""
+
+    runner: Literal["threads", "processes", "dask"] = "threads"
+    workers: Positive | None = None
+    scheduler: str | None = None
+    storage: str | None = None
+
+    @model_validator(mode="after")
+    def consistent(self) -> Self:
+        if self.scheduler is not None:
+            if self.runner != "dask":
+                raise ValueError(
+                    f"scheduler is of Dask and runner is {self.runner}: set runner to dask, or "
+                    "scheduler to null"
+                )
+            if self.workers is not None:
+                raise ValueError(
+                    "workers is of a cluster on this machine, and scheduler names another, which "
+                    "has its own: set one of them to null"
+                )
+            if not re.fullmatch(r"[a-z]+://\S+:\d+", self.scheduler):
+                raise ValueError(
+                    f"scheduler must be an address such as tcp://HOST:8786, not {self.scheduler!r}"
+                )
+        if self.storage is not None:
+            if not re.match(r"[a-z][a-z0-9+.-]*://.", self.storage):
+                raise ValueError(
+                    f"storage must be a URL such as s3://BUCKET/FOLDER, not {self.storage!r}"
+                )
+            if urlsplit(self.storage).password is not None:
+                raise ValueError(
+                    "storage must not hold a password, which the parameters of a run do not keep "
+                    "secret: leave it to the environment"
+                )
+        return self
+
+
 class Parameters(Section):
-    """All parameters of a run; one section for each stage that has any."""
+    """All parameters of a run: one section for each stage that has any, and `engine`."""
 
     seed: Seed = 0
     data: Data
@@ -170,6 +210,7 @@ class Parameters(Section):
     energy: Energy
     search: Search
     evaluate: Evaluate
+    engine: Engine = Engine()
 
     @model_validator(mode="after")
     def consistent(self) -> Self:

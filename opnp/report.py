@@ -112,7 +112,10 @@ def render(parameters: Parameters) -> str:
             heat_maps=heat_maps(parameters, pruning),
             curves=training_curves(backbone.history),
             yaml=yaml.safe_dump(
-                parameters.model_dump(mode="json"), sort_keys=False, default_flow_style=None
+                # Without the engine, of no influence on what is shown.
+                parameters.model_dump(mode="json", exclude={"engine"}),
+                sort_keys=False,
+                default_flow_style=None,
             ),
             hashes=hashes,
         )

@@ -721,6 +721,21 @@ def test_a_changed_parameter_is_read() -> None:
         ("train.spcp", 0, "`train.spcp`.*0"),
         ("train.spcp", 100, "`train.spcp`.*100"),
         ("evaluate.budget", 0, "`evaluate.budget`.*0"),
+        ("engine.runner", "ray", "`engine.runner`.*'ray'"),
+        ("engine.workers", 0, "`engine.workers`.*0"),
+        ("engine.scheduler", "tcp://a:1", "`engine`: scheduler is of Dask and runner is threads"),
+        ("engine.storage", "/mnt/shards", "`engine`: storage must be a URL .*'/mnt/shards'"),
+        ("engine.storage", "s3://me:secret@a/b", "storage must not hold a password"),
+        (
+            "engine",
+            {"runner": "dask", "scheduler": "host"},
+            "scheduler must be an address such as tcp://HOST:8786, not 'host'",
+        ),
+        (
+            "engine",
+            {"runner": "dask", "scheduler": "tcp://a:1", "workers": 2},
+            "workers is of a cluster on this machine",
+        ),
         ("evaluate.tuning_samples", 0, "`evaluate.tuning_samples`.*0"),
         ("evaluate.training_images", 0, "`evaluate.training_images`.*0"),
         ("evaluate.detectors", [], "`evaluate.detectors`"),
@@ -744,6 +759,13 @@ def test_a_changed_parameter_is_read() -> None:
 def test_a_wrong_parameter_is_refused_by_file_and_key(key: str, value: Any, sentence: str) -> None:
     with pytest.raises(InputError, match=rf"^changed\.yaml: .*{sentence}"):
         parameters.load(changed(key, value))
+
+
+def test_old_parameters_without_an_engine_stay_valid() -> None:
+    values = parameters.load(ROOT / "params.yaml").model_dump()
+    assert values.pop("engine")["runner"] == "threads"
+    Path("changed.yaml").write_text(json.dumps(values))
+    assert parameters.load(Path("changed.yaml")) == parameters.load(ROOT / "params.yaml")
 
 
 def test_real_outliers_may_stand_in_for_proxies() -> None:

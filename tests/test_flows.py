@@ -1,11 +1,11 @@
-"""What all flows have in common: retries, workers, and the run's one server."""
+"""What all flows have in common: retries, and the run's one server."""
 
 import psutil
 import pytest
 from prefect import flow, task
 
 from flows import server
-from flows.stage import task_runner, unless_bad_input
+from flows.stage import unless_bad_input
 from opnp import sources
 from opnp.errors import InputError, UnavailableError
 
@@ -44,16 +44,6 @@ def test_a_download_that_fails_may_be_tried_again(monkeypatch: pytest.MonkeyPatc
 def test_only_data_sets_of_torchvision_are_opened(name: str) -> None:
     with pytest.raises(InputError, match="torchvision has no data set"):
         sources.open_id(name)
-
-
-def test_workers_are_stated_or_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPNP_WORKERS", "3")
-    assert task_runner()._max_workers == 3
-    monkeypatch.delenv("OPNP_WORKERS")
-    assert task_runner()._max_workers >= 1
-    monkeypatch.setenv("OPNP_WORKERS", "many")
-    with pytest.raises(SystemExit, match="OPNP_WORKERS"):
-        task_runner()
 
 
 def test_a_server_named_in_the_environment_is_used(

@@ -306,6 +306,7 @@ def test_second_run_has_nothing_to_do(
         ("train.epochs", 2, ["train", "report"]),
         ("train.spcp", 90, ["train", "report"]),
         ("data.far", {"letters": "letters"}, ["fetch", "report"]),
+        ("engine.runner", "processes", []),
     ],
 )
 def test_a_parameter_concerns_only_its_stages(
