@@ -23,6 +23,7 @@ from opnp.files import atomic
 
 __all__ = [
     "Shard",
+    "described",
     "divide",
     "encode",
     "is_whole",
@@ -125,8 +126,9 @@ def write_shard(
 
 
 def described(shard: Shard, origin: dict[str, str]) -> dict[str, str]:
-    """What a shard says of itself: what it is made from, and which rows it holds of how many."""
-    return {**origin, "rows": f"{shard.start}-{shard.stop}", "count": str(shard.count)}
+    """What a shard says of itself: what it is made from, and which rows it holds of which split."""
+    rows = f"{shard.start}-{shard.stop}"
+    return {**origin, "split": shard.split, "rows": rows, "count": str(shard.count)}
 
 
 def read_shard(path: Path) -> tuple[Tensor, NDArray[np.int64], dict[str, str]]:
