@@ -20,6 +20,7 @@ from opnp.artifacts import DATA, MANIFEST
 from opnp.errors import InputError
 from opnp.files import atomic, digest, read_json
 from opnp.sources import Example, decode, fit
+from opnp.storage import RemoteFile
 
 __all__ = ["ImageSet", "Manifest", "data_file", "read", "read_manifest", "unit", "write"]
 
@@ -81,8 +82,11 @@ def data_file(name: str, folder: Path = DATA) -> Path:
     return folder / f"{name}.parquet"
 
 
-def read_manifest() -> Manifest:
+def read_manifest(elsewhere: bool = False) -> Manifest:
     """The manifest of `data/`, after a look at whether all its files are there.
+
+    Args:
+        elsewhere: they may lie in a storage instead.
 
     Raises:
         InputError: data are missing or the manifest is broken.
@@ -99,7 +103,7 @@ def read_manifest() -> Manifest:
             f"{MANIFEST} is not a manifest ({error}): run `python -m flows.fetch`."
         ) from None
     for name in manifest.sets:
-        if not data_file(name).is_file():
+        if not elsewhere and not data_file(name).is_file():
             raise InputError(f"{data_file(name)} is missing: run `python -m flows.fetch`.")
     return manifest
 
@@ -171,9 +175,11 @@ def png(image: Any, size: int, mode: str) -> bytes:
 
 
 def read(
-    path: Path, mode: str, size: int, start: int = 0, stop: int | None = None
+    path: Path | RemoteFile, mode: str, size: int, start: int = 0, stop: int | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Decode rows ``start`` to ``stop`` of a Parquet file of images.
+
+    Only the row groups that hold them are read, and of a file in a storage fetched.
 
     Args:
         path: the file.
@@ -209,7 +215,8 @@ def read(
         raise InputError(f"{path} is missing: run `python -m flows.fetch`.") from None
     except (OSError, pa.ArrowException, KeyError, AttributeError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{path} is damaged ({reason}): run `python -m flows.fetch`.") from None
+        remedy = "run `python -m flows.fetch`" if isinstance(path, Path) else "delete it, run again"
+        raise InputError(f"{path} is damaged ({reason}): {remedy}.") from None
     offset = int(ends[first - 1]) if first else 0
     chosen = slice(start - offset, stop - offset)
     images = [

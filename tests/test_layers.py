@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the bottom up; a module may import from its own layer's predecessors and its own layer.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "energy", "progress", "artifacts", "devices"),
+    ("errors", "files", "energy", "progress", "artifacts", "devices", "storage"),
     ("tensors", "sensitivity", "masks", "metrics", "tables"),
     ("search", "sources"),
     ("datasets", "proxies", "backbones", "training", "features", "nero"),
@@ -73,7 +73,8 @@ def test_a_stage_depends_on_the_code_it_runs() -> None:
     # What fetch makes is a dependency as a file. Of no influence on results: errors, how files are
     # written, progress, fixed places, which device.
     plain = {
-        "errors", "files", "progress", "artifacts", "tensors", "parameters", "tracking",
+        "errors", "files", "progress", "artifacts", "tensors", "parameters", "storage",
+        "tracking",
     }  # fmt: skip
     for stage, paths in listed.items():
         modules = {path.stem for path in paths if path.parent.name == "opnp"}

@@ -22,6 +22,7 @@ from opnp.files import digest, remove_others
 from opnp.parameters import Parameters
 from opnp.progress import track
 from opnp.stages import fetch
+from opnp.storage import RemoteFile, Storage
 
 
 def run(parameters: Parameters) -> None:
@@ -49,17 +50,11 @@ def plan(parameters: Parameters) -> list[Shard]:
 
 def compute(parameters: Parameters, shard: Shard) -> bool:
     """Compute one shard on this worker's device; False if it was there already, whole."""
-    device = devices.device()
-    expected = expected_metadata(parameters, shard.split)
-    model, preprocessing = backbone_on(expected["backbone"], device)
-    origin = {
-        **expected,
-        "preprocessing": json.dumps(asdict(preprocessing)),
-        "device": device.type,
-        "code": code_digest(backbones, datasets, shards, proxies, sources),
-    }
+    origin = origin_of(parameters, shard)
     if shards.is_whole(shard, origin):
         return False
+    device = devices.device()
+    model, _ = backbone_on(origin["backbone"], device)
     images, labels = load_images(parameters, shard.split, shard.start, shard.stop)
     batches = images.split(parameters.features.batch_size)
     with devices.deterministic(threads=1):
@@ -68,21 +63,39 @@ def compute(parameters: Parameters, shard: Shard) -> bool:
     return True
 
 
+def origin_of(parameters: Parameters, shard: Shard) -> dict[str, str]:
+    """What a shard is made from on this worker's device, besides its rows."""
+    expected, device = expected_metadata(parameters, shard.split), devices.device()
+    _, preprocessing = backbone_on(expected["backbone"], device)
+    return {
+        **expected,
+        "preprocessing": json.dumps(asdict(preprocessing)),
+        "device": device.type,
+        "code": code_digest(backbones, datasets, shards, proxies, sources),
+    }
+
+
+def images_of(split: str, sha256: str, storage: str | None) -> Path | RemoteFile:
+    """Where the images of a split are read: in `data/`, else in the storage at a URL."""
+    path = data_file(split)
+    return path if storage is None or path.is_file() else Storage(storage).open(sha256)
+
+
 def load_images(
     parameters: Parameters, split: str, start: int, stop: int
 ) -> tuple[Tensor, np.ndarray[Any, Any]]:
     """Normalized images (N, C, H, W) and labels (N,) of some rows of a split."""
-    expected = expected_metadata(parameters, split)
+    expected, storage = expected_metadata(parameters, split), parameters.engine.storage
     _, preprocessing = backbone_on(expected["backbone"], torch.device("cpu"))
     if split.startswith("proxies/"):
         rows = range(start, stop)
         with one_at_a_time:
-            validation = validation_images(expected["images"], preprocessing)
+            validation = validation_images(expected["images"], preprocessing, storage)
         made = proxies.make(split.removeprefix("proxies/"), validation, rows, parameters.seed)
         images, labels = torch.from_numpy(made), np.full(len(rows), -1, np.int64)
     else:
-        path = data_file(split)
-        pixels, labels = datasets.read(path, preprocessing.mode, preprocessing.size, start, stop)
+        file = images_of(split, expected["images"], storage)
+        pixels, labels = datasets.read(file, preprocessing.mode, preprocessing.size, start, stop)
         images = datasets.unit(pixels)
     return preprocessing.normalize(images), labels
 
@@ -126,9 +139,12 @@ one_at_a_time = threading.Lock()  # tasks that start together must not all decod
 
 
 @lru_cache(maxsize=1)
-def validation_images(sha256: str, preprocessing: backbones.Preprocessing) -> np.ndarray[Any, Any]:
+def validation_images(
+    sha256: str, preprocessing: backbones.Preprocessing, storage: str | None
+) -> np.ndarray[Any, Any]:
     """All validation images in [0, 1], (N, C, H, W), of which proxies are made."""
-    pixels, _ = datasets.read(data_file("validation"), preprocessing.mode, preprocessing.size)
+    file = images_of("validation", sha256, storage)
+    pixels, _ = datasets.read(file, preprocessing.mode, preprocessing.size)
     return datasets.unit(pixels).numpy()
 
 

@@ -163,7 +163,7 @@ def manifest_of(parameters: Parameters) -> Manifest:
     Raises:
         InputError: it was fetched with others, or is missing.
     """
-    manifest = read_manifest()
+    manifest = read_manifest(elsewhere=parameters.engine.storage is not None)
     if manifest.parameters != data_parameters(parameters):
         raise InputError(
             f"{artifacts.DATA}/ was fetched with other parameters in section data, or other "

@@ -72,14 +72,8 @@ def compute(parameters: Parameters, path: Path) -> bool:
 
     Rows in even and in odd places are summed apart: two halves of the training samples.
     """
-    h, _, origin = shards.read_shard(path)
-    metadata: dict[str, Any] = {
-        "backbone": origin["backbone"],
-        "rows": origin["rows"],
-        "features": digest(path),
-        "settings": settings_of(parameters),
-        "code": features.code_digest(energy, sensitivity_module),
-    }
+    h, _, shard = shards.read_shard(path)
+    metadata = origin_of(parameters, path, shard)
     try:
         if read_sums(sums_file(path))[1] == metadata:
             return False
@@ -97,6 +91,17 @@ def compute(parameters: Parameters, path: Path) -> bool:
         ]
     write_sums(sums_file(path), sums, metadata)
     return True
+
+
+def origin_of(parameters: Parameters, path: Path, shard: dict[str, str]) -> dict[str, Any]:
+    """What the sums of a shard, whose metadata are ``shard``, are made from."""
+    return {
+        "backbone": shard["backbone"],
+        "rows": shard["rows"],
+        "features": digest(path),
+        "settings": settings_of(parameters),
+        "code": features.code_digest(energy, sensitivity_module),
+    }
 
 
 def write_sums(path: Path, sums: Sequence[SensitivitySums], metadata: dict[str, Any]) -> None:
