@@ -7,7 +7,7 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-from flows import engine, server, versions
+from flows import engine, exchange, server, versions
 from flows.stage import hide_input_errors, timed
 from opnp import artifacts, parameters, stages, tracking
 from opnp.errors import InputError
@@ -65,6 +65,7 @@ def pipeline() -> None:
         from prefect import Flow
 
         hide_input_errors()
+        exchange.check(chosen)  # refused here, not after hours of training
         with server.running():
             engine.task_runner(chosen.engine)  # refused here, not after hours of training
             seconds = Flow(run_stages, name="pipeline")(chosen)

@@ -1,20 +1,32 @@
 """Measure the sensitivity, one task for each training shard, then merge in shard order."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from prefect import flow, task, unmapped
 from prefect.cache_policies import NO_CACHE
 
+from flows import exchange
 from flows.stage import collect, command, unless_bad_input
 from opnp import stages
+from opnp.artifacts import BACKBONE, CLIPS
+from opnp.features import read_shard
 from opnp.parameters import Parameters
 
 __all__ = ["sensitivity"]
 
 
 @task(tags=["gpu"], retries=2, retry_condition_fn=unless_bad_input, cache_policy=NO_CACHE)
-def sensitivity_shard(parameters: Parameters, path: Path) -> bool:
-    return stages.sensitivity.compute(parameters, path)
+def sensitivity_shard(
+    parameters: Parameters, path: Path, inputs: Mapping[Path, str]
+) -> tuple[bool, str]:
+    return exchange.compute(
+        parameters,
+        inputs,
+        stages.sensitivity.sums_file(path),
+        lambda: stages.sensitivity.origin_of(parameters, path, read_shard(path)[2]),
+        lambda: stages.sensitivity.compute(parameters, path),
+    )
 
 
 @task(cache_policy=NO_CACHE)
@@ -26,9 +38,11 @@ def merge(plan: list[Path]) -> None:
 def sensitivity(parameters: Parameters) -> None:
     """Sum over every training shard, and merge; sums that are whole stay."""
     plan = stages.sensitivity.plan(parameters)
-    for _ in collect(
-        sensitivity_shard.map(unmapped(parameters), plan), "sensitivity (shards)", len(plan)
-    ):
+    common = exchange.put(parameters, BACKBONE, CLIPS)
+    inputs = [common | exchange.put(parameters, path) for path in plan]
+    futures = sensitivity_shard.map(unmapped(parameters), plan, inputs)
+    parts = collect(futures, "sensitivity (shards)", len(plan))
+    for _ in exchange.bring(parameters, [stages.sensitivity.sums_file(p) for p in plan], parts):
         pass
     merge(plan)
 
