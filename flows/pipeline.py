@@ -65,9 +65,10 @@ def pipeline() -> None:
         from prefect import Flow
 
         hide_input_errors()
-        exchange.check(chosen)  # refused here, not after hours of training
+        # What the engine lacks is told here, not after hours of training.
+        exchange.check(chosen)
         with server.running():
-            engine.task_runner(chosen.engine)  # refused here, not after hours of training
+            engine.task_runner(chosen.engine)
             seconds = Flow(run_stages, name="pipeline")(chosen)
         tracking.record_run(chosen, seconds)
     else:
