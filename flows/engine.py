@@ -87,10 +87,9 @@ def task_runner(settings: Engine) -> Any:
     if settings.runner == "threads":
         return threads(settings)
     if settings.runner == "processes":
-        from prefect.context import SettingsContext
         from prefect.task_runners import ProcessPoolTaskRunner
 
-        return ProcessPoolTaskRunner(count(settings), [forwarding(SettingsContext.get())])
+        return ProcessPoolTaskRunner(count(settings), [forwarding()])
     try:
         import prefect_dask.task_runners
     except ImportError:
@@ -111,15 +110,18 @@ def task_runner(settings: Engine) -> Any:
     )
 
 
-def forwarding(context: Any) -> Any:
+def forwarding() -> Any:
     """What makes the thread that forwards the reports of processes know the run's server.
 
     It begins without the settings of the thread that starts it, and would start another server.
     """
+    from prefect.context import SettingsContext, get_settings_context
+
+    now = get_settings_context()
+    profile, settings = now.profile, now.settings
 
     def enter() -> Any:
-        if context is not None:
-            context.copy().__enter__()
+        SettingsContext(profile=profile, settings=settings).__enter__()
         return lambda kind, message: (kind, message)
 
     return enter
