@@ -54,7 +54,7 @@ def watched(path):
             pass
     with atomic(path) as temporary:
         yield temporary
-    loads = sys.modules["opnp.stages"].backbone_on.cache_info().misses
+    loads = sys.modules["opnp.stages.features"].backbone_on.cache_info().misses
     with open(f"{FOLDER}/written", "a") as file:
         file.write(f"{os.getpid()} {loads} {path}\\n")
 
@@ -275,8 +275,8 @@ def test_workers_with_another_opnp_or_in_another_folder_are_refused(
 ) -> None:
     other = tmp_path / "other"
     for name in ("opnp", "flows"):
-        for source in (ROOT / name).glob("*.py"):
-            target = other / name / source.name
+        for source in (ROOT / name).rglob("*.py"):
+            target = other / source.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(source.read_text().replace(opnp.__version__, "0.0.1"))
     settings = Engine(runner="dask", scheduler=scheduler)
