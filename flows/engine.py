@@ -25,7 +25,7 @@ __all__ = ["run", "task_runner"]
 
 SHARDED = ("features", "sensitivity")
 ATTEMPTS = 3  # at a flow whose processes die
-ANSWER_LIMIT = 10.0  # seconds for a Dask scheduler to answer
+ANSWER_LIMIT = 5.0  # seconds for a Dask scheduler to answer
 
 # What runs is what was there when this process started, whatever lies there now: a worker that
 # outlives a change of the code would write shards of the old code under the name of the new.
