@@ -10,6 +10,8 @@ for name, value in {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
     "PREFECT_LOGGING_LEVEL": "WARNING",
+    # A server that goes away is waited for: two minutes, with pauses of 2, 4, … 64 seconds.
+    "PREFECT_CLIENT_MAX_RETRIES": "6",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "DVC_NO_ANALYTICS": "true",

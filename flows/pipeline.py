@@ -2,13 +2,13 @@
 the results with DVC and MLflow."""
 
 import argparse
-import sys
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 from flows import engine, exchange, server, versions
-from flows.stage import hide_input_errors, timed
+from flows.program import program
+from flows.stage import hide_what_is_told, timed
 from opnp import artifacts, parameters, stages, tracking
 from opnp.errors import InputError
 from opnp.files import digest, read_json
@@ -64,7 +64,7 @@ def pipeline() -> None:
         server.start()  # it starts while the libraries are imported
         from prefect import Flow
 
-        hide_input_errors()
+        hide_what_is_told()
         # What the engine lacks is told here, not after hours of training.
         exchange.check(chosen)
         with server.running():
@@ -127,10 +127,8 @@ def summarize() -> None:
 
 def main() -> None:
     argparse.ArgumentParser("python -m flows.pipeline", description=__doc__).parse_args()
-    try:
+    with program():
         pipeline()
-    except InputError as error:
-        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ Where PREFECT_API_URL (or the Prefect profile) names a server, that one is used.
 for the run and ends with it: a run is this process, or, under ``dvc repro``, the DVC process above,
 so that all its stages share one server instead of waiting for one each.
 
-``python -m flows.server PID FILE`` is that server: it writes its address to FILE, and ends when the
-process PID does.
+``python -m flows.server PID FILE PORT`` is that server: it writes its address to FILE, and ends
+when the process PID does. Where it ends before, the run starts it anew.
 """
 
 import os
@@ -19,6 +19,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 
@@ -53,16 +54,21 @@ def start() -> None:
     if named() or owner() in started or (file.exists() and answers(file.read_text())):
         return
     file.unlink(missing_ok=True)  # of a server that was killed, and a process number used again
+    launch()
+
+
+def launch(port: int = 0) -> None:
+    """Start a server for the run on the port, 0 for any that is free."""
+    words = map(str, (owner(), address_file(owner()), port))
     LOGS.mkdir(exist_ok=True)
     with open(LOGS / "prefect-server.log", "a") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "flows.server", str(owner()), str(file)],
+        started[owner()] = subprocess.Popen(
+            [sys.executable, "-m", "flows.server", *words],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
         )
-    started[owner()] = process
 
 
 started: dict[int, "subprocess.Popen[bytes]"] = {}
@@ -101,11 +107,59 @@ def running() -> Iterator[None]:
                 f"No Prefect server answers at {url}: start it, or unset PREFECT_API_URL (or the "
                 "profile's) for a temporary one."
             )
+        used.append(url)
         yield
         return
     start()
-    with temporary_settings({PREFECT_API_URL: address()}):
-        yield
+    url, ended = address(), threading.Event()
+    used.append(url)
+    keeper = threading.Thread(target=keep, args=(url, ended), daemon=True)
+    keeper.start()
+    try:
+        with temporary_settings({PREFECT_API_URL: url}):
+            yield
+    finally:
+        ended.set()
+        keeper.join()
+
+
+def keep(url: str, ended: threading.Event) -> None:
+    """Start the server anew at the same address whenever it has died; Prefect waits meanwhile."""
+    host, port = urlsplit(url).hostname, urlsplit(url).port
+    assert host
+    assert port
+    while not ended.wait(1):
+        process = started.get(owner())
+        if process and process.poll() is None:
+            continue
+        try:
+            socket.create_connection((host, port), timeout=10).close()
+        except ConnectionRefusedError:
+            launch(port)
+        except OSError:
+            continue
+
+
+used: list[str] = []  # the addresses of servers, latest last
+
+GONE = ("ConnectError", "All connection attempts failed")
+
+
+def gone(error: BaseException) -> str | None:
+    """What to say of an error that means that the Prefect server went away; None of any other."""
+    import httpx
+
+    if not isinstance(error, httpx.TransportError):
+        return None
+    return (
+        f"The Prefect server {named() or 'of this run'} went away and did not come back in time: "
+        "start it and run again, which goes on from here."
+    )
+
+
+def lost() -> bool:
+    """Whether the server that this process has used answers no more."""
+    return bool(used) and not answers(used[-1])
 
 
 def address() -> str:
@@ -147,8 +201,8 @@ def share_gpus(workers: int) -> None:
             client.create_concurrency_limit("gpu", gpus)
 
 
-def serve(pid: int, file: Path) -> None:
-    """Serve Prefect's API on a free port of loopback until the process ``pid`` ends."""
+def serve(pid: int, file: Path, port: int) -> None:
+    """Serve Prefect's API on a port of loopback, 0 for any, until the process ``pid`` ends."""
     # As Prefect's own temporary servers: no user interface, no background services.
     os.environ |= {
         "PREFECT_UI_ENABLED": "0",
@@ -166,7 +220,7 @@ def serve(pid: int, file: Path) -> None:
         # Frees the GPU of a worker that died (after a minute), for the one that takes its place.
         service.run_in_ephemeral |= service.function is monitor_expired_leases
 
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = socket.create_server(("127.0.0.1", port))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/api"
     config = uvicorn.Config(
         "prefect.server.api.server:create_app",
@@ -196,4 +250,4 @@ def serve(pid: int, file: Path) -> None:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), Path(sys.argv[2]))
+    serve(int(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))

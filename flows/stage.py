@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from flows import engine, server
+from flows.program import program
 from opnp import parameters
 from opnp.errors import InputError, UnavailableError
 from opnp.files import write_json
@@ -19,7 +20,7 @@ from opnp.progress import track
 __all__ = [
     "collect",
     "command",
-    "hide_input_errors",
+    "hide_what_is_told",
     "timed",
     "timings",
     "unless_bad_input",
@@ -69,21 +70,25 @@ def command(stage: Any, **flags: str) -> None:
     for flag, text in flags.items():
         parser.add_argument(f"--{flag}", action="store_true", help=text)
     chosen = vars(parser.parse_args())
-    hide_input_errors()
-    try:
+    hide_what_is_told()
+    with program():
         loaded = parameters.load()
         with server.running():
             timed(stage.__name__, partial(engine.run, stage, loaded, **chosen))
-    except InputError as error:
-        sys.exit(f"error: {error}")
 
 
-def hide_input_errors() -> None:
-    """Keep Prefect from printing the traceback of an error that is told in one sentence."""
+def hide_what_is_told() -> None:
+    """Keep Prefect from printing what the program tells in one sentence."""
 
     def keep(record: logging.LogRecord) -> bool:
         raised = record.exc_info[1] if record.exc_info else None
-        return not isinstance(raised, InputError) and "InputError" not in record.getMessage()
+        if isinstance(raised, InputError) or (raised and server.gone(raised)):
+            return False
+        hidden = ("InputError", "Crash detected!", "state Crashed", *server.GONE)
+        return not any(words in record.getMessage() for words in hidden)
 
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(keep)
+    # What they say of each single event while the server is away.
+    for name in ("prefect.events.clients", "prefect._internal.concurrency", "EventsWorker"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

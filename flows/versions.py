@@ -11,7 +11,7 @@ import yaml
 from opnp.artifacts import DATA, MANIFEST
 from opnp.datasets import Manifest, data_file
 from opnp.errors import InputError
-from opnp.files import atomic
+from opnp.files import atomic, full_disk
 
 __all__ = ["changed", "check_data", "data_changed", "record", "record_data"]
 
@@ -36,7 +36,11 @@ def repository() -> Iterator[Any]:
         raise InputError(
             "This folder is no DVC workspace: run in the project's folder, or `dvc init` first."
         ) from None
-    except DvcException as error:
+    except (DvcException, OSError) as error:
+        if reason := full_disk(error):
+            raise InputError(reason) from error
+        if isinstance(error, OSError):
+            raise
         raise InputError(f"DVC: {' '.join(str(error).split())}") from error
 
 

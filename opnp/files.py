@@ -1,6 +1,7 @@
 """Files that are whole or absent: written beside their place, then renamed."""
 
 import csv
+import errno
 import hashlib
 import json
 import os
@@ -11,20 +12,51 @@ from typing import Any
 
 from opnp.errors import InputError
 
-__all__ = ["atomic", "digest", "read_json", "remove_others", "write_csv", "write_json"]
+__all__ = [
+    "atomic",
+    "digest",
+    "full_disk",
+    "read_json",
+    "remove_others",
+    "write_csv",
+    "write_json",
+]
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary neighbour of ``path`` that replaces it only if the block succeeds."""
+    """Yield a temporary neighbour of ``path`` that replaces it only if the block succeeds.
+
+    Raises:
+        InputError: the disk is full.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         temporary.replace(path)
+    except Exception as error:
+        if reason := full_disk(error, path):
+            raise InputError(reason) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def full_disk(error: BaseException, path: Path | None = None) -> str | None:
+    """What to say of an error that means a full disk, or a spent quota; None of any other.
+
+    Args:
+        error: of any library; some say it only in their message.
+        path: the file that was being written, if the error does not name it.
+    """
+    full = (errno.ENOSPC, errno.EDQUOT)
+    told = isinstance(error, OSError) and error.errno in full
+    if not told and not any(os.strerror(each) in str(error) for each in full):
+        return None
+    place = path or getattr(error, "filename", None) or Path.cwd()
+    return f"No space is left for {place}: make some and run again, which goes on from here."
 
 
 def digest(path: Path, algorithm: str = "sha256") -> str:

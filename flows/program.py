@@ -1,0 +1,176 @@
+"""A command of the pipeline as a program: alone in its workspace, and whatever ends it is told in
+one sentence.
+
+Nothing here saves anything: every file is whole or absent at any moment, so that a program that
+ends early, or is killed, leaves what the next one goes on from.
+"""
+
+import json
+import os
+import shlex
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import psutil
+from filelock import FileLock, Timeout
+
+from flows import server
+from opnp.errors import InputError
+from opnp.files import full_disk
+
+__all__ = ["alone", "program"]
+
+LOCK = Path("logs/run.lock")
+GRACE = 10.0  # seconds that tasks at work have to end in after a signal
+
+
+class Stopped(BaseException):
+    """SIGTERM came, as KeyboardInterrupt says of SIGINT."""
+
+
+@contextmanager
+def program() -> Iterator[None]:
+    """Run the block as the work of this process, alone in the workspace.
+
+    Raises:
+        SystemExit: the input is at fault, the disk is full or the Prefect server gone (exit code 1,
+            with a sentence); or SIGINT (130) or SIGTERM (143) came.
+    """
+    ended: str | int = 0
+    try:
+        with signals(), alone():
+            yield
+    except InputError as error:
+        ended = f"error: {error}"
+    except (KeyboardInterrupt, Stopped) as error:
+        ended = 128 + (signal.SIGTERM if isinstance(error, Stopped) else signal.SIGINT)
+        say_interrupted()
+    except Exception as error:
+        reason = full_disk(error) or server.gone(error)
+        if not reason:
+            raise
+        ended = f"error: {reason}"
+    if server.lost():  # Prefect would try for hours to tell it what has run
+        leave(ended)
+    if ended:
+        sys.exit(ended)
+
+
+def say_interrupted() -> None:
+    print("interrupted: run again to go on", file=sys.stderr)
+
+
+def leave(ended: str | int) -> NoReturn:
+    """End this process and those it has started at once, whatever threads are at."""
+    if isinstance(ended, str):
+        print(ended, file=sys.stderr)
+        ended = 1
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            process.terminate()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(ended)
+
+
+@contextmanager
+def signals() -> Iterator[None]:
+    """Raise `Stopped` at SIGTERM; end the process if SIGINT or SIGTERM has not ended it in time.
+
+    Python tells its handlers of a signal when the main thread comes to it, which a task at work may
+    delay, and Prefect has handlers of its own; the descriptor is written to in any case.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def watch() -> None:
+        received = 0
+        while received not in (signal.SIGINT, signal.SIGTERM):
+            data = reader.recv(1)
+            if not data:
+                return
+            received = data[0]
+        reader.settimeout(GRACE)
+        with suppress(TimeoutError):
+            while data := reader.recv(1):
+                if data[0] == signal.SIGINT == received:  # once more: at once
+                    break
+            else:
+                return
+        for part in Path().glob(f"artifacts/**/.*.{os.getpid()}.part"):
+            part.unlink(missing_ok=True)
+        say_interrupted()
+        leave(128 + received)
+
+    def stop(*_: Any) -> NoReturn:
+        raise Stopped
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(descriptor)
+        signal.signal(signal.SIGTERM, previous)
+        writer.close()
+        watcher.join()
+        reader.close()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Hold the workspace, so that no two runs mix their files.
+
+    The lock is the system's, and goes with its process, however that ends. What the file says is
+    only of use while its process lives.
+
+    Raises:
+        InputError: another process holds it; the sentence names that process.
+    """
+    LOCK.parent.mkdir(exist_ok=True)
+    lock = FileLock(LOCK)
+    deadline = time.monotonic() + 2  # the holder may not have written its name yet
+    while True:
+        try:
+            lock.acquire(blocking=False)
+            break
+        except Timeout:
+            name = holder()
+            if name or time.monotonic() > deadline:
+                raise InputError(
+                    f"{name or 'Another process'} is at work in this workspace: wait until it "
+                    "ends, or stop it."
+                ) from None
+            time.sleep(0.05)
+    try:
+        words = [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
+        held = {"pid": os.getpid(), "command": shlex.join(words), "since": time.time()}
+        LOCK.write_text(json.dumps(held))
+        yield
+    finally:
+        with suppress(OSError):
+            LOCK.write_text("")
+        lock.release()
+
+
+def holder() -> str | None:
+    """The process that the lock's file names, if it lives and is the one that wrote it."""
+    try:
+        held = json.loads(LOCK.read_text())
+        if psutil.Process(held["pid"]).create_time() > held["since"]:
+            return None  # a later process under the number of a dead one
+        since = datetime.fromtimestamp(held["since"]).strftime("%Y-%m-%d %H:%M:%S")
+        return f"Process {held['pid']} ({held['command']}, since {since})"
+    except (OSError, ValueError, KeyError, TypeError, psutil.Error):
+        return None

@@ -1,0 +1,276 @@
+"""Runs that are killed, stopped, or lose a server, a lock or the disk: nothing is lost, no file is
+half, and what is made in the end has the same bits."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from flows import program, server
+from flows.features import features
+from flows.sensitivity import sensitivity
+from opnp import artifacts, parameters, stages
+from opnp.errors import InputError
+from opnp.files import atomic, digest
+from tests.conftest import ROOT, set_parameters
+
+Call = Callable[[Any], str]
+
+# Many small shards of few images, and a search of seconds.
+MANY: dict[str, Any] = {
+    "features.shard_size": 16,
+    "search.proxies": ["blobs", "phase"],
+    "search.weights_low": [0],
+    "search.weights_high": [0, 2],
+    "search.neurons_low": [0, 10],
+    "search.neurons_high": [0, 5],
+    "search.bootstrap": 20,
+}
+LAZY = [
+    name for name in ("flow_engine", "task_engine", "client.orchestration", "events.worker")
+]
+RESULTS = (artifacts.SENSITIVITY, artifacts.CLIPS, artifacts.MASK)
+
+
+def shards() -> dict[Path, tuple[int, int]]:
+    """Every shard and every sum of one that is there, with its inode and its time."""
+    found = {}
+    for path in Path("artifacts").glob("*/**/[0-9]*.[as]*"):
+        status = path.stat()
+        found[path] = (status.st_ino, status.st_mtime_ns)
+    return found
+
+
+def halves() -> list[Path]:
+    return [*Path("artifacts").rglob("*.part")]
+
+
+def wait_until(done: Callable[[], Any], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def start(*words: str, **env: str) -> "subprocess.Popen[str]":
+    """A program of the pipeline, in a group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *words],
+        env={**os.environ, **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.fixture
+def many(workspace: Path) -> Path:
+    """The workspace without features, which are to come in many small shards."""
+    set_parameters(workspace, MANY)
+    shutil.rmtree("artifacts/features")
+    shutil.rmtree("artifacts/sensitivity")
+    return workspace
+
+
+@pytest.fixture
+def expected(many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[Path, str]:
+    """The digests of what an uninterrupted run in the workspace makes."""
+    undisturbed = tmp_path / "undisturbed"
+    shutil.copytree(many, undisturbed, symlinks=True)
+    monkeypatch.chdir(undisturbed)
+    made = finish()
+    monkeypatch.chdir(many)
+    return made
+
+
+def finish() -> dict[Path, str]:
+    """Run what is left, as plain functions, and give the digests of the results."""
+    chosen = parameters.load()
+    for stage in (stages.features, stages.sensitivity, stages.search):
+        stage.run(chosen)
+    assert not halves()
+    return {path: digest(path) for path in (*shards(), *RESULTS)}
+
+
+def run_flow(folder: Path, url: str, name: str) -> None:
+    """In a process of its own, which imports nothing: see `killed`."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    os.chdir(folder)
+    flow = {"features": features, "sensitivity": sensitivity}[name]
+    with temporary_settings({PREFECT_API_URL: url}):
+        flow(parameters.load())
+
+
+def made(folder: Path) -> int:
+    return len([*folder.rglob("[0-9]*.[as]*")])
+
+
+def test_twenty_kills_cost_no_whole_shard_and_no_bit(
+    expected: dict[Path, str], many: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features are killed 14 times and sensitivity 6 times at random moments, with -9."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # which the server of forks does not inherit else
+    context = multiprocessing.get_context("forkserver")
+    # All that a flow would import in its process, where it would take seconds.
+    context.set_forkserver_preload(["tests.test_faults", *LAZY])
+    drawn, kept = random.Random(0), shards()
+    for name, kills in (("features", 14), ("sensitivity", 6)):
+        folder = Path("artifacts") / name
+        total = len([path for path in expected if path.is_relative_to(folder)])
+        for left in range(kills, 0, -1):
+            before = made(folder)
+            aim = before + drawn.randint(0, (total - before - 4) // (left + 1))
+            process = context.Process(target=run_flow, args=(many, prefect_api, name))
+            process.start()
+            wait_until(lambda: made(folder) > aim or not process.is_alive())  # noqa: B023
+            time.sleep(drawn.uniform(0, 0.02))
+            process.kill()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+            found = shards()
+            assert {path: found.get(path) for path in kept} == kept
+            kept = found
+        {"features": features, "sensitivity": sensitivity}[name](parameters.load())
+        found = shards()
+        assert {path: found.get(path) for path in kept} == kept
+        kept = found
+    assert finish() == expected
+    assert shards() == kept
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_in_a_sentence_and_it_goes_on(
+    expected: dict[Path, str], prefect_api: str, number: signal.Signals, code: int
+) -> None:
+    run = start("flows.features", PREFECT_API_URL=prefect_api)
+    wait_until(lambda: made(artifacts.FEATURES) >= 20)
+    begun = time.monotonic()
+    run.send_signal(number)
+    _, errors = run.communicate(timeout=60)
+    assert time.monotonic() - begun < 15
+    assert run.returncode == code
+    assert errors.splitlines()[-1] == "interrupted: run again to go on"
+    assert "Traceback" not in errors
+    assert not halves()
+    kept = shards()
+    assert len(kept) < len(expected) - len(RESULTS)
+    assert finish() == expected
+    assert {path: shards().get(path) for path in kept} == kept
+
+
+def test_a_second_run_names_the_first_and_a_dead_one_holds_nothing(
+    workspace: Path, call: Call
+) -> None:
+    words = "import time; from flows.program import alone\nwith alone(): print(1); time.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-uc", words], stdout=subprocess.PIPE)
+    assert holder.stdout
+    assert holder.stdout.readline() == b"1\n"
+    before = shards()
+    message = call(features)
+    assert message.startswith(f"error: Process {holder.pid} (python")
+    assert "is at work in this workspace" in message
+    assert ", since 20" in message
+    assert shards() == before
+    holder.kill()
+    holder.wait()
+    assert str(holder.pid) in program.LOCK.read_text()  # a dead name is left
+    with program.alone():
+        assert json.loads(program.LOCK.read_text())["pid"] == os.getpid()
+    assert program.LOCK.read_text() == ""
+
+
+def test_a_number_used_again_is_not_taken_for_the_holder(workspace: Path) -> None:
+    created = psutil.Process().create_time()
+    for since, named in ((created - 1, False), (created + 1, True)):
+        held = {"pid": os.getpid(), "command": "python", "since": since}
+        program.LOCK.write_text(json.dumps(held))
+        assert bool(program.holder()) == named
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 400 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", folder])
+    if made.returncode:
+        pytest.skip("mounting needs root")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def test_a_full_disk_is_told_and_a_run_goes_on_after_room_was_made(
+    expected: dict[Path, str], small_disk: Path, call: Call
+) -> None:
+    artifacts.FEATURES.symlink_to(small_disk)
+    begun = time.monotonic()
+    message = call(features)
+    assert time.monotonic() - begun < 20
+    assert "No space is left for artifacts/features/" in message
+    assert "make some and run again" in message
+    kept = {path: digest(path) for path in small_disk.rglob("*.arrow")}
+    assert kept
+    assert not [*small_disk.rglob("*.part")]
+    subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
+    assert finish() == expected
+    assert {path: digest(path) for path in kept} == kept
+
+
+@pytest.mark.parametrize("library", ["arrow", "parquet", "safetensors", "text"])
+def test_every_library_tells_of_a_full_disk(small_disk: Path, library: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    import torch
+    from safetensors.torch import save_file
+
+    table = pa.table({"a": torch.rand(200_000).numpy()})
+    path = small_disk / "file"
+
+    def write(at: Path) -> None:
+        if library == "arrow":
+            with pa.ipc.new_file(at, table.schema) as writer:
+                writer.write_table(table)
+        elif library == "parquet":
+            pq.write_table(table, at)
+        elif library == "safetensors":
+            save_file({"a": torch.zeros(200_000)}, at)
+        else:
+            at.write_text("x" * 10**6)
+
+    with pytest.raises(InputError, match=f"No space is left for {path}"), atomic(path) as part:
+        write(part)
+    assert not [*small_disk.iterdir()]
+
+
+def test_a_server_that_was_killed_is_started_again(
+    many: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's own: at the same address, while the run goes on."""
+    run = start("flows.features")
+    wait_until(lambda: made(artifacts.FEATURES) >= 5 or run.poll() is not None, 120)
+    [served] = [
+        process
+        for process in psutil.Process(run.pid).children()
+        if "flows.server" in process.cmdline()
+    ]
+    served.kill()
+    _, errors = run.communicate(timeout=120)
+    assert run.returncode == 0, errors
+    assert made(artifacts.FEATURES) == len(stages.features.plan(parameters.load()))
+    log = (server.LOGS / "prefect-server.log").read_text()
+    addresses = [line for line in log.splitlines() if line.startswith("serving http")]
+    assert len(addresses) == 2
+    assert addresses[0] == addresses[1]
