@@ -3,7 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -40,6 +40,8 @@ class ImageSet:
         count: number of images.
         classes: images of each class, by name; empty for OOD.
         sha256: of the Parquet file.
+        unreadable: images of the source that were left out, since they cannot be decoded; all of
+            the ID source's are named with ``train``.
     """
 
     role: str
@@ -47,6 +49,7 @@ class ImageSet:
     count: int
     classes: dict[str, int]
     sha256: str
+    unreadable: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,11 @@ class Manifest:
         }
 
     def as_json(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        for entry in values["sets"].values():
+            if not entry["unreadable"]:
+                del entry["unreadable"]
+        return values
 
 
 def data_file(name: str, folder: Path = DATA) -> Path:

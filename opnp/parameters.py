@@ -48,6 +48,7 @@ class Data(Section):
     near: dict[Name, str] = {}
     far: dict[Name, str] = {}
     ood_count: Positive
+    max_unreadable: Annotated[int, Field(ge=0)] = 10
 
     @model_validator(mode="after")
     def consistent(self) -> Self:

@@ -8,10 +8,10 @@ generator seeded by the run's seed and the source's name, so that it never depen
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from opnp.errors import InputError, UnavailableError
 
-__all__ = ["Example", "class_names", "decode", "fit", "generator", "open_id", "open_ood"]
+__all__ = [
+    "Example",
+    "Unreadable",
+    "class_names",
+    "decode",
+    "fit",
+    "generator",
+    "open_id",
+    "open_ood",
+]
 
 Example = tuple[Image.Image, int]
 Array = NDArray[np.uint8]
@@ -29,12 +38,43 @@ Array = NDArray[np.uint8]
 # Upper and lower case, without the letters that a digit classifier may rightly take for a digit.
 LETTERS = "ACEFHJKLMNPRTUVWXYadefhjkmnprtuvwxy"
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono")
+UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # as Pillow raises
 CANVAS = 96  # pixels: letters are drawn large and scaled down, as a scan would be
 
 
 def generator(seed: int, name: str) -> np.random.Generator:
     """A generator of its own for each named thing under one seed."""
     return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+
+class Unreadable:
+    """Images of a source that cannot be decoded: left out, counted and named, up to a limit.
+
+    Args:
+        limit: so many may be left out.
+
+    Attributes:
+        images: which ones, in words.
+    """
+
+    def __init__(self, limit: int = 0) -> None:
+        self.limit = limit
+        self.images: list[str] = []
+
+    def add(self, image: str, error: InputError) -> None:
+        """Leave out one more.
+
+        Raises:
+            InputError: it is one too many.
+        """
+        self.images.append(image)
+        if len(self.images) > max(1, self.limit):
+            raise InputError(
+                f"{len(self.images)} images cannot be read, more than data.max_unreadable "
+                f"({self.limit}) allows; the last: {error}"
+            )
+        if self.limit == 0:
+            raise error
 
 
 def decode(data: bytes, where: str) -> Image.Image:
@@ -48,7 +88,7 @@ def decode(data: bytes, where: str) -> Image.Image:
     try:
         image = Image.open(BytesIO(data))
         image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNDECODABLE as error:
         raise InputError(f"{where} is not a whole image ({error}): replace or remove it.") from None
     return image
 
@@ -62,13 +102,16 @@ def fit(image: Image.Image, size: int, mode: str) -> Image.Image:
     return square if side == size else square.resize((size, size), Image.Resampling.BILINEAR)
 
 
-def open_id(spec: str) -> tuple[list[str], dict[str, Iterator[Example]]]:
+def open_id(
+    spec: str, unreadable: Unreadable | None = None
+) -> tuple[list[str], dict[str, Iterator[Example]]]:
     """Open a source of labelled in-distribution images.
 
     Args:
         spec: ``digits`` (scikit-learn), ``torchvision:NAME`` (downloaded to ``downloads/``), or a
             folder: of train.parquet and test.parquet in Hugging Face layout with named classes, or
             of IDX files as torchvision keeps them raw.
+        unreadable: takes the images that cannot be decoded; without it the first is an error.
 
     Returns:
         Class names, and the examples of each split the source comes with: ``train`` and ``test``,
@@ -77,30 +120,37 @@ def open_id(spec: str) -> tuple[list[str], dict[str, Iterator[Example]]]:
     Raises:
         InputError: there is no such source, or its files are missing or broken.
     """
+    unreadable = unreadable or Unreadable()
     if spec == "digits":
         return [str(digit) for digit in range(10)], {"all": scanned_digits()}
     if spec.startswith("torchvision:"):
         learnt, held = (torchvision_set(spec, train) for train in (True, False))
         if not hasattr(learnt, "classes"):
             raise InputError(f"{spec} does not name its classes: take a folder of Parquet files.")
-        return list(learnt.classes), {"train": iter(learnt), "test": iter(held)}
+        splits = {"train": learnt, "test": held}
+        return list(learnt.classes), {
+            name: readable(dataset, range(len(dataset)), f"the {name} split of {spec}", unreadable)
+            for name, dataset in splits.items()
+        }
     folder = Path(spec)
     train, test = folder / "train.parquet", folder / "test.parquet"
     if train.is_file() and test.is_file():
-        splits = {"train": parquet_examples(train), "test": parquet_examples(test)}
-        return class_names(train), splits
-    if folder.is_dir():
-        splits = {
-            name: idx_folder(folder, part) for name, part in (("train", "train"), ("test", "t10k"))
+        return class_names(train), {
+            "train": parquet_examples(train, unreadable),
+            "test": parquet_examples(test, unreadable),
         }
-        return idx_classes(folder), splits
+    if folder.is_dir():
+        parts = (("train", "train"), ("test", "t10k"))
+        return idx_classes(folder), {name: idx_folder(folder, part) for name, part in parts}
     raise InputError(
         f"data.id is {spec!r}, which is neither `digits`, `torchvision:NAME` nor a folder "
         "of Parquet or IDX files: correct it in params.yaml."
     )
 
 
-def open_ood(spec: str, size: int, seed: int) -> Iterator[Example]:
+def open_ood(
+    spec: str, size: int, seed: int, unreadable: Unreadable | None = None
+) -> Iterator[Example]:
     """Open a source of images from outside the distribution; labels are −1.
 
     Args:
@@ -108,12 +158,13 @@ def open_ood(spec: str, size: int, seed: int) -> Iterator[Example]:
             path of a Parquet file in Hugging Face layout or of a folder of IDX files.
         size: side in pixels of the images that are made, not read.
         seed: the run's seed.
+        unreadable: takes the images that cannot be decoded; without it the first is an error.
 
     Raises:
         InputError: there is no such source, or its files are missing or broken.
     """
     rng = generator(seed, spec)
-    path = Path(spec)
+    path, unreadable = Path(spec), unreadable or Unreadable()
     match spec:
         case "letters":
             yield from rendered_letters(size, rng)
@@ -125,12 +176,13 @@ def open_ood(spec: str, size: int, seed: int) -> Iterator[Example]:
             yield from shuffled(list(scanned_digits()), rng)
         case _ if spec.startswith("torchvision:"):
             dataset = torchvision_set(spec, train=False)
-            for index in rng.permutation(len(dataset)):
-                yield dataset[int(index)][0], -1
+            order = rng.permutation(len(dataset)).tolist()
+            for image, _ in readable(dataset, order, spec, unreadable):
+                yield image, -1
         case _ if path.is_dir():
             yield from shuffled(list(idx_folder(path, "t10k")), rng)
         case _ if path.suffix == ".parquet" and path.is_file():
-            yield from shuffled(list(parquet_examples(path)), rng)
+            yield from shuffled(list(parquet_examples(path, unreadable)), rng)
         case _:
             raise InputError(
                 f"OOD source {spec!r} is neither a known name (letters, photo-patches, noise, "
@@ -245,7 +297,19 @@ def torchvision_set(spec: str, train: bool):  # type: ignore[no-untyped-def]
         ) from error
 
 
-def parquet_examples(path: Path) -> Iterator[Example]:
+def readable(
+    dataset: Any, order: Iterable[int], name: str, unreadable: Unreadable
+) -> Iterator[Example]:
+    """The examples of a data set that decodes an image when it is asked for."""
+    for index in order:
+        try:
+            yield dataset[index]
+        except UNDECODABLE as error:
+            image = f"image {index} of {name}"
+            unreadable.add(image, InputError(f"{image} is not a whole image ({error}): remove it."))
+
+
+def parquet_examples(path: Path, unreadable: Unreadable) -> Iterator[Example]:
     """Images and labels of a Parquet file in Hugging Face layout; −1 where it has no labels."""
     try:
         file = pq.ParquetFile(path)
@@ -258,7 +322,12 @@ def parquet_examples(path: Path) -> Iterator[Example]:
             f"{path} is no whole Parquet file with a column image.bytes ({error}): replace it."
         ) from None
     for index, (data, label) in enumerate(zip(encoded, labels, strict=True)):
-        yield decode(data.as_py() or b"", f"Image {index} of {path}"), label
+        try:
+            image = decode(data.as_py() or b"", f"Image {index} of {path}")
+        except InputError as error:
+            unreadable.add(f"image {index} of {path}", error)
+            continue
+        yield image, label
 
 
 def idx_folder(folder: Path, part: str) -> Iterator[Example]:

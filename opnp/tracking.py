@@ -135,7 +135,8 @@ def record(parameters: "Parameters", seconds: dict[str, float]) -> dict[str, Any
         | flattened({key_of(name): of for name, of in metrics["id"].items()}, "id/")
         | {f"{split}_accuracy": training[f"{split}_accuracy"] for split in ("train", "validation")}
         | {f"search/{key}": search["opnp"][key] for key in ("fpr95", "auroc", "accuracy", "pruned")}
-        | {f"seconds/{stage}": value for stage, value in seconds.items()},
+        | {f"seconds/{stage}": value for stage, value in seconds.items()}
+        | {"unreadable_images": sum(len(entry.unreadable) for entry in manifest.sets.values())},
         "tags": {
             "backbone": parameters.train.backbone,
             "backbone.sha256": training["sha256"],

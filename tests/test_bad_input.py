@@ -3,13 +3,16 @@
 import os
 import shutil
 from collections.abc import Callable
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from flows import pipeline as whole
@@ -235,6 +238,55 @@ def test_an_image_that_is_none(workspace: Path, call: Call) -> None:
     rows[3]["image"]["bytes"] = b"no image"
     pq.write_table(pa.Table.from_pylist(rows, table.schema), path)
     assert "Image 3 of data/validation.parquet is not a whole image" in call(train)
+
+
+def photographs(path: Path, count: int, bad: set[int]) -> None:
+    """A Parquet file of JPEGs of noise, some of them cut off in the middle."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(count):
+        buffer = BytesIO()
+        Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)).save(buffer, "JPEG")
+        data = buffer.getvalue()
+        rows.append({"image": {"bytes": data[: len(data) // 2] if index in bad else data}})
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def test_a_few_images_that_cannot_be_read_are_left_out_and_named(
+    workspace: Path, prefect_api: str, call: Call, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photographs(workspace / "mine.parquet", 300, {7, 123})
+    others = {"letters": "letters", "mine": "mine.parquet"}
+    set_parameters(workspace, {"data.far": others, "data.max_unreadable": 2})
+    fetch(parameters.load())
+    entry = read_manifest().sets["ood/mine"]
+    assert entry.count == 298
+    assert sorted(entry.unreadable) == ["image 123 of mine.parquet", "image 7 of mine.parquet"]
+    assert read_manifest().sets["ood/letters"].unreadable == []
+    assert "2 image(s) of mine.parquet cannot be read and are left out" in capsys.readouterr().out
+    before = files(workspace / "data")
+    set_parameters(workspace, {"data.max_unreadable": 1})
+    message = call(fetch)
+    assert "2 images cannot be read, more than data.max_unreadable (1) allows" in message
+    assert files(workspace / "data") == before
+    set_parameters(workspace, {"data.max_unreadable": 0})
+    assert "Image 7 of mine.parquet is not a whole image" in call(fetch)
+
+
+def test_a_bad_image_of_the_training_set_is_left_out(workspace: Path, prefect_api: str) -> None:
+    folder = workspace / "mine"
+    folder.mkdir()
+    table = pq.read_table(workspace / "data/train.parquet")
+    rows = table.to_pylist()
+    rows[3]["image"]["bytes"] = rows[3]["image"]["bytes"][:50]
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), folder / "train.parquet")
+    shutil.copy2(workspace / "data/test.parquet", folder / "test.parquet")
+    set_parameters(workspace, {"data.id": "mine", "data.held_out": [6]})
+    fetch(parameters.load())
+    sets = read_manifest().sets
+    assert sets["train"].unreadable == ["image 3 of mine/train.parquet"]
+    known = sum(row["label"] != 6 for index, row in enumerate(rows) if index != 3)
+    assert sets["train"].count + sets["validation"].count == known
 
 
 def test_data_fetched_with_other_parameters(workspace: Path, call: Call) -> None:

@@ -37,9 +37,7 @@ MANY: dict[str, Any] = {
     "search.neurons_high": [0, 5],
     "search.bootstrap": 20,
 }
-LAZY = [
-    name for name in ("flow_engine", "task_engine", "client.orchestration", "events.worker")
-]
+LAZY = ["flow_engine", "task_engine", "client.orchestration", "events.worker"]
 RESULTS = (artifacts.SENSITIVITY, artifacts.CLIPS, artifacts.MASK)
 
 

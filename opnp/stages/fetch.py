@@ -1,6 +1,7 @@
 """Fetch: every image set of the parameters, written to `data/` with a manifest."""
 
 import shutil
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def ood_sources(parameters: Parameters) -> list[str]:
 def data_parameters(parameters: Parameters) -> dict[str, Any]:
     """What the images depend on."""
     outliers = parameters.search.outliers
-    return parameters.data.model_dump() | ({"outliers": outliers} if outliers else {})
+    images = parameters.data.model_dump(exclude={"max_unreadable"})
+    return images | ({"outliers": outliers} if outliers else {})
 
 
 def id_sets(parameters: Parameters) -> dict[str, ImageSet]:
@@ -65,7 +67,8 @@ def id_sets(parameters: Parameters) -> dict[str, ImageSet]:
     Where the source has no test split of its own, the images are divided by class (stratified).
     """
     data = parameters.data
-    classes, splits = sources.open_id(data.id)
+    unreadable = sources.Unreadable(data.max_unreadable)
+    classes, splits = sources.open_id(data.id, unreadable)
     if unknown := [label for label in data.held_out if label >= len(classes)]:
         raise InputError(
             f"data.held_out names class {unknown[0]}, but {data.id} has only {len(classes)}."
@@ -121,6 +124,7 @@ def id_sets(parameters: Parameters) -> dict[str, ImageSet]:
         for name, source in named.items():
             if source == "held-out":
                 sets[f"ood/{name}"] = write(f"ood/{name}", role, held_out, [])
+    sets["train"] = replace(sets["train"], unreadable=unreadable.images)
     return sets
 
 
@@ -128,11 +132,12 @@ def ood_set(parameters: Parameters, name: str) -> dict[str, ImageSet]:
     """Write the OOD set ``name``, whose source is not the ID source's held-out classes."""
     data = parameters.data
     role, source = ood_sets(parameters)[name]
-    examples = sources.open_ood(source, data.image_size, data.seed)
+    unreadable = sources.Unreadable(data.max_unreadable)
+    examples = sources.open_ood(source, data.image_size, data.seed, unreadable)
     limited = islice(examples, data.ood_count)
     path = data_file(name, artifacts.FETCHED)
     entry = datasets.write(path, role, source, limited, data.image_size, data.mode, [])
-    return {name: entry}
+    return {name: replace(entry, unreadable=unreadable.images)}
 
 
 def manifest(parameters: Parameters, sets: dict[str, ImageSet]) -> Manifest:
@@ -148,6 +153,12 @@ def manifest(parameters: Parameters, sets: dict[str, ImageSet]) -> Manifest:
 def finish(manifest: Manifest) -> None:
     """Put what has been fetched, with its manifest, in the place of `data/`."""
     write_json(artifacts.FETCHED / artifacts.MANIFEST.name, manifest.as_json())
+    for entry in manifest.sets.values():
+        if left_out := entry.unreadable:
+            print(
+                f"fetch: {len(left_out)} image(s) of {entry.source} cannot be read and are left "
+                f"out: {', '.join(left_out)}"
+            )
     place = artifacts.DATA.resolve()  # a link to another disk stays one
     old = place.with_name(f"{place.name}.old")
     shutil.rmtree(old, ignore_errors=True)
