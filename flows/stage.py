@@ -3,7 +3,6 @@
 import argparse
 import json
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
