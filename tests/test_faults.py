@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
-from flows import program, server
+from flows import engine, program, server
 from flows.features import features
 from flows.sensitivity import sensitivity
 from opnp import artifacts, parameters, stages
@@ -37,7 +37,8 @@ MANY: dict[str, Any] = {
     "search.neurons_high": [0, 5],
     "search.bootstrap": 20,
 }
-LAZY = ["flow_engine", "task_engine", "client.orchestration", "events.worker"]
+# What a flow imports when it runs, which takes seconds in each process that has not yet.
+LAZY = ["pandas", "torch._dynamo", "prefect.flow_engine", "prefect.task_engine"]
 RESULTS = (artifacts.SENSITIVITY, artifacts.CLIPS, artifacts.MASK)
 
 
@@ -109,7 +110,7 @@ def run_flow(folder: Path, url: str, name: str) -> None:
     os.chdir(folder)
     flow = {"features": features, "sensitivity": sensitivity}[name]
     with temporary_settings({PREFECT_API_URL: url}):
-        flow(parameters.load())
+        engine.run(flow, parameters.load())
 
 
 def made(folder: Path) -> int:
@@ -122,7 +123,6 @@ def test_twenty_kills_cost_no_whole_shard_and_no_bit(
     """Features are killed 14 times and sensitivity 6 times at random moments, with -9."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))  # which the server of forks does not inherit else
     context = multiprocessing.get_context("forkserver")
-    # All that a flow would import in its process, where it would take seconds.
     context.set_forkserver_preload(["tests.test_faults", *LAZY])
     drawn, kept = random.Random(0), shards()
     for name, kills in (("features", 14), ("sensitivity", 6)):
@@ -141,7 +141,7 @@ def test_twenty_kills_cost_no_whole_shard_and_no_bit(
             found = shards()
             assert {path: found.get(path) for path in kept} == kept
             kept = found
-        {"features": features, "sensitivity": sensitivity}[name](parameters.load())
+        run_flow(many, prefect_api, name)
         found = shards()
         assert {path: found.get(path) for path in kept} == kept
         kept = found
