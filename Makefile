@@ -12,7 +12,7 @@ run: setup
 	@$(BIN)/python -m flows.pipeline
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 repro: setup
 	@test -d data || $(BIN)/python -m flows.fetch

@@ -4,11 +4,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 from ruamel.yaml import YAML
 
@@ -94,28 +96,49 @@ def run_program(
 
 
 @pytest.fixture(scope="session")
-def prefect_api() -> Iterator[str]:
-    """The URL of the session's Prefect server."""
-    import flows.server
-
-    here = Path.cwd()
-    os.chdir(ROOT)
-    try:
-        with flows.server.running():
-            yield flows.server.address()
-    finally:
-        os.chdir(here)
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that the processes of one test run share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> Path:
+def prefect_api(common: Path) -> Iterator[str]:
+    """The URL of the test run's Prefect server."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    file = common / "prefect.address"
+    with FileLock(common / "prefect.lock"):
+        if not file.exists():
+            whole_run = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
+            words = [sys.executable, "-m", "flows.server", str(whole_run), str(file), "0"]
+            with (common / "prefect.log").open("w") as log:
+                server = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log)
+            while not file.exists():
+                assert server.poll() is None, (common / "prefect.log").read_text()
+                time.sleep(0.1)
+    with temporary_settings({PREFECT_API_URL: file.read_text()}):
+        yield file.read_text()
+
+
+@pytest.fixture(scope="session")
+def finished(common: Path, prefect_api: str) -> Path:
     """A workspace in which ``python -m flows.pipeline`` has run: the default, but for `QUICK`."""
-    folder = new_workspace(tmp_path_factory.mktemp("finished"), QUICK)
-    done = run_program(
-        "python", "-m", "flows.pipeline", cwd=folder, env={"PREFECT_API_URL": prefect_api}
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (folder / "logs" / "output.txt").write_text(done.stdout)
+    folder = common / "finished"
+    output = folder / "logs" / "output.txt"
+    with FileLock(common / "finished.lock"):
+        if not output.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            done = run_program(
+                "python",
+                "-m",
+                "flows.pipeline",
+                cwd=new_workspace(folder, QUICK),
+                env={"PREFECT_API_URL": prefect_api},
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            output.write_text(done.stdout)
     return folder
 
 
