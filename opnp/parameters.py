@@ -189,11 +189,6 @@ class Engine(Section):
                     f"scheduler must be an address such as tcp://HOST:8786, not {self.scheduler!r}"
                 )
         if self.storage is not None:
-            if self.runner == "threads":
-                raise ValueError(
-                    "storage is for workers with folders of their own, and threads share one: set "
-                    "runner to processes or dask, or storage to null"
-                )
             if not re.match(r"[a-z][a-z0-9+.-]*://.", self.storage):
                 raise ValueError(
                     f"storage must be a URL such as s3://BUCKET/FOLDER, not {self.storage!r}"
@@ -202,6 +197,11 @@ class Engine(Section):
                 raise ValueError(
                     "storage must not hold a password, which the parameters of a run do not keep "
                     "secret: leave it to the environment"
+                )
+            if self.runner == "threads":
+                raise ValueError(
+                    "storage is for workers with folders of their own, and threads share one: set "
+                    "runner to processes or dask, or storage to null"
                 )
         return self
 

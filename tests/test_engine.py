@@ -158,6 +158,7 @@ def wait_for_workers(scheduler: str, number: int) -> None:
         client.wait_for_workers(number, timeout=90)
 
 
+@pytest.mark.slow
 def test_dask_goes_on_when_a_worker_is_killed_in_mid_shard(
     workspace: Path, prefect_api: str, scheduler: str, watch: Path, tmp_path: Path
 ) -> None:
@@ -181,6 +182,7 @@ def test_dask_goes_on_when_a_worker_is_killed_in_mid_shard(
     check_written(watch, lost, processes=2)
 
 
+@pytest.mark.slow
 def test_processes_go_on_when_one_is_killed_in_mid_shard(
     workspace: Path, prefect_api: str, watch: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -291,6 +291,7 @@ def without_gitignore(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_workers_without_a_shared_disk_make_the_same_bits(
     workspace: Path, bucket: str, prefect_api: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
