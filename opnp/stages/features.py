@@ -11,7 +11,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -191,7 +191,7 @@ def backbone_on(
 def encoder_on(sha256: str, device: torch.device, compiled: bool) -> nn.Module:
     """The backbone's encoder on a device, compiled once a process if wanted."""
     model, _ = backbone_on(sha256, device)
-    return torch.compile(model.encoder) if compiled else model.encoder
+    return cast(nn.Module, torch.compile(model.encoder)) if compiled else model.encoder
 
 
 one_at_a_time = threading.Lock()  # tasks that start together must not all decode all images
