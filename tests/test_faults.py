@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 import pytest
 
 from flows import engine, program, server
@@ -24,6 +26,7 @@ from opnp import artifacts, parameters, stages
 from opnp.errors import InputError
 from opnp.files import atomic, digest
 from tests.conftest import ROOT, set_parameters
+from tests.test_pipeline import contents
 
 Call = Callable[[Any], str]
 
@@ -172,6 +175,98 @@ def test_signals_end_runs_in_a_sentence_and_the_next_goes_on(
     assert len(kept) < len(stages.features.plan(parameters.load()))
     assert finish() == expected
     assert {path: shards().get(path) for path in kept} == kept
+
+
+def flip(path: Path) -> None:
+    """Turn one bit of a file's last number, or text, as a disk may do."""
+    data = bytearray(path.read_bytes())
+    data[-1 if path.suffix == ".safetensors" else 3000] ^= 1
+    path.write_bytes(data)
+
+
+def relabel(path: Path, key: bytes, value: bytes) -> None:
+    """Make a shard, whole as it is, say that it was made with something else."""
+    table = pa.ipc.open_file(path.read_bytes()).read_all()
+    assert key in table.schema.metadata
+    told = {**table.schema.metadata, key: value}
+    with pa.ipc.new_file(path, table.schema.with_metadata(told)) as writer:
+        writer.write_table(table.replace_schema_metadata(told))
+
+
+def test_foreign_and_damaged_shards_are_refused_by_name_and_made_again(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By their own stage alone, which leaves the others as they are."""
+    before, chosen = contents(workspace), parameters.load()
+    half = chosen.features.model_copy(update={"dtype": "float16"})
+    by_half = chosen.model_copy(update={"features": half})
+    plan = {str(shard.path): shard for shard in stages.features.plan(chosen)}
+    where = str(artifacts.FEATURES)
+    search, flipped = stages.search.run, "is damaged (its checksum differs)"
+    for name, later, spoil, said in (
+        ("train/00001", stages.sensitivity.run, flip, flipped),
+        ("validation/00000", search, flip, flipped),
+        ("proxies/phase/00000", search, flip, flipped),
+        ("ood/letters/00001", lambda of: stages.features.load(of, "ood/letters"), flip, flipped),
+        (
+            "train/00001",
+            stages.sensitivity.run,
+            lambda path: relabel(path, b"preprocessing", b"{}"),
+            "was made with another preprocessing",
+        ),
+        (
+            "validation/00000",
+            search,
+            lambda path: relabel(path, b"backbone", b"another"),
+            "was made with another backbone",
+        ),
+        (
+            "train/00000",
+            stages.sensitivity.run,
+            lambda path: stages.features.compute(by_half, plan[str(path)]),
+            "was made with another dtype",
+        ),
+    ):
+        path = Path(f"{where}/{name}.arrow")
+        kept = shards()
+        spoil(path)
+        sentence = f"Shard {path} {said}: run `python -m flows.features`."
+        with pytest.raises(InputError, match=re.escape(sentence)):
+            later(chosen)
+        capsys.readouterr()
+        stages.features.run(chosen)
+        assert (f"{path} is damaged, and made again" in capsys.readouterr().out) == (spoil is flip)
+        found = shards()
+        assert {each for each in found if found[each] != kept[each]} == {path}
+        assert contents(workspace) == before
+
+
+def test_sums_and_weights_with_a_flipped_bit_are_never_used(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, kept, chosen = contents(workspace), shards(), parameters.load()
+    sums = artifacts.SENSITIVITY.parent / "shards/00001.safetensors"
+    flip(sums)
+    with pytest.raises(InputError, match=f"{sums} is damaged"):
+        stages.sensitivity.merge(stages.sensitivity.plan(chosen))
+    stages.sensitivity.run(chosen)
+    assert f"{sums} is damaged, and made again" in capsys.readouterr().out
+    found = shards()
+    assert {each for each in found if found[each] != kept[each]} == {sums}
+    assert contents(workspace) == before
+    for path, later, command in (
+        (artifacts.SENSITIVITY, ("search", "report"), "flows.sensitivity"),
+        (artifacts.MASK, ("report",), "flows.search"),
+        (artifacts.BACKBONE, ("features", "sensitivity"), "flows.train"),
+    ):
+        whole = path.read_bytes()
+        flip(path)
+        sentence = f"{path} is damaged (its checksum differs): run `python -m {command}`"
+        for stage in later:
+            with pytest.raises(InputError, match=re.escape(sentence)):
+                getattr(stages, stage).run(chosen)
+        path.write_bytes(whole)
+    assert contents(workspace) == before
 
 
 def test_a_second_run_names_the_first_and_a_dead_one_holds_nothing(
