@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pyarrow as pa
@@ -25,7 +26,7 @@ from flows.sensitivity import sensitivity
 from opnp import artifacts, parameters, stages
 from opnp.errors import InputError
 from opnp.files import atomic, digest
-from tests.conftest import ROOT, set_parameters
+from tests.conftest import ROOT, run_program, set_parameters
 from tests.test_pipeline import contents
 
 Call = Callable[[Any], str]
@@ -269,6 +270,25 @@ def test_sums_and_weights_with_a_flipped_bit_are_never_used(
     assert contents(workspace) == before
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_imports_ends_in_the_same_sentence(
+    workspace: Path, number: signal.Signals
+) -> None:
+    """They take seconds, and begin before the command has taken the workspace."""
+    before = contents(workspace)
+    run = start("flows.pipeline", PYTHONVERBOSE="1")
+    assert run.stderr
+    for line in run.stderr:
+        if line.startswith("import 'torch._C'"):  # in the midst of them
+            break
+    run.send_signal(number)
+    *_, last = run.communicate(timeout=60)[1].splitlines()
+    assert run.returncode == 128 + number
+    assert last == "interrupted: run again to go on"
+    assert not program.LOCK.exists() or program.LOCK.read_text() == ""
+    assert contents(workspace) == before
+
+
 def test_a_second_run_names_the_first_and_a_dead_one_holds_nothing(
     workspace: Path, call: Call
 ) -> None:
@@ -288,6 +308,34 @@ def test_a_second_run_names_the_first_and_a_dead_one_holds_nothing(
     with program.alone():
         assert json.loads(program.LOCK.read_text())["pid"] == os.getpid()
     assert program.LOCK.read_text() == ""
+
+
+@pytest.mark.slow
+def test_of_two_pipelines_at_once_the_second_ends_and_the_first_finishes(
+    many: Path, prefect_api: str
+) -> None:
+    """And `dvc repro` too; the first is halted meanwhile, so that they come in the midst of it."""
+    mask = digest(artifacts.MASK)
+    first = start("flows.pipeline", PREFECT_API_URL=prefect_api)
+    wait_until(lambda: made(artifacts.FEATURES) >= 5 or first.poll() is not None, 120)
+    first.send_signal(signal.SIGSTOP)
+    before = contents(many)
+    for words in (("python", "-m", "flows.pipeline"), ("dvc", "repro")):
+        second = run_program(*words, cwd=many, env={"PREFECT_API_URL": prefect_api})
+        assert second.returncode
+        assert f"error: Process {first.pid} (python" in second.stderr
+        assert "-m flows.pipeline, since 20" in second.stderr
+        assert "Traceback" not in second.stderr
+        assert contents(many) == before
+    first.send_signal(signal.SIGCONT)
+    _, errors = first.communicate(timeout=240)
+    assert first.returncode == 0, errors
+    assert digest(artifacts.MASK) != mask  # of a smaller search
+    assert run_program("dvc", "status", "--json", cwd=many).stdout.strip() == "{}"
+    found = contents(many)
+    for stage in (stages.features, stages.sensitivity, stages.search):
+        stage.run(parameters.load())
+    assert contents(many) == found
 
 
 def test_a_number_used_again_is_not_taken_for_the_holder(workspace: Path) -> None:
@@ -372,3 +420,52 @@ def test_a_server_that_was_killed_is_started_again(
     addresses = [line for line in log.splitlines() if line.startswith("serving http")]
     assert len(addresses) == 2
     assert addresses[0] == addresses[1]
+
+
+@pytest.fixture
+def named_server(
+    tmp_path: Path,
+) -> Iterator[Callable[[int], tuple[str, "subprocess.Popen[bytes]"]]]:
+    """Start a Prefect server on a port, 0 for any; its address and its process."""
+    begun = []
+
+    def start_server(port: int = 0) -> tuple[str, "subprocess.Popen[bytes]"]:
+        file = tmp_path / f"{len(begun)}.address"
+        words = [sys.executable, "-m", "flows.server", str(os.getpid()), str(file), str(port)]
+        begun.append(subprocess.Popen(words, cwd=ROOT))
+        wait_until(lambda: file.exists() or begun[-1].poll() is not None, 120)
+        return file.read_text(), begun[-1]
+
+    yield start_server
+    for process in begun:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_named_server_that_goes_away_in_mid_run(
+    expected: dict[Path, str], named_server: Any, comes_back: bool
+) -> None:
+    """One that comes back is waited for; else the run ends, and the next goes on."""
+    url, served = named_server()
+    retries = "6" if comes_back else "1"
+    run = start("flows.features", PREFECT_API_URL=url, PREFECT_CLIENT_MAX_RETRIES=retries)
+    wait_until(lambda: made(artifacts.FEATURES) >= 5 or run.poll() is not None, 120)
+    served.kill()
+    served.wait()
+    kept = shards()
+    if comes_back:
+        again, _ = named_server(urlsplit(url).port)
+        assert again == url
+    _, errors = run.communicate(timeout=240)
+    assert "Traceback" not in errors
+    if comes_back:
+        assert run.returncode == 0, errors
+        assert made(artifacts.FEATURES) == len(stages.features.plan(parameters.load()))
+    else:
+        assert run.returncode == 1
+        assert errors.splitlines()[-1].startswith(f"error: The Prefect server {url} went away")
+        assert not halves()
+    assert finish() == expected
+    assert {path: shards().get(path) for path in kept} == kept
