@@ -20,7 +20,7 @@ import psutil
 import pyarrow as pa
 import pytest
 
-from flows import engine, program, server
+from flows import engine, program, server, versions
 from flows.features import features
 from flows.sensitivity import sensitivity
 from opnp import artifacts, parameters, stages
@@ -375,6 +375,25 @@ def test_a_full_disk_is_told_and_a_run_goes_on_after_room_was_made(
     assert {path: digest(path) for path in kept} == kept
 
 
+def test_a_full_disk_of_the_cache_is_told_and_what_was_made_is_recorded_later(
+    workspace: Path, small_disk: Path
+) -> None:
+    before = contents(workspace)
+    cache = workspace / ".dvc/cache"
+    shutil.rmtree(cache)
+    cache.symlink_to(small_disk)
+    with pytest.raises(InputError, match=r"^No space is left for .*: make some and run again"):
+        versions.record("features")
+    assert contents(workspace) == before
+    subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
+    versions.record("features")
+    assert not versions.changed("features")
+    shutil.rmtree(artifacts.FEATURES)
+    done = run_program("dvc", "checkout", "features", cwd=workspace)
+    assert done.returncode == 0, done.stderr
+    assert contents(workspace) == before
+
+
 @pytest.mark.parametrize("library", ["arrow", "parquet", "safetensors", "text"])
 def test_every_library_tells_of_a_full_disk(small_disk: Path, library: str) -> None:
     import pyarrow as pa
@@ -427,7 +446,7 @@ def named_server(
     tmp_path: Path,
 ) -> Iterator[Callable[[int], tuple[str, "subprocess.Popen[bytes]"]]]:
     """Start a Prefect server on a port, 0 for any; its address and its process."""
-    begun = []
+    begun: list[subprocess.Popen[bytes]] = []
 
     def start_server(port: int = 0) -> tuple[str, "subprocess.Popen[bytes]"]:
         file = tmp_path / f"{len(begun)}.address"
