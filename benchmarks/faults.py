@@ -205,6 +205,8 @@ def measured(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     told: dict[signal.Signals, tuple[int, str, int]] = {}
     for aim, number in zip(sorted(aims), ends, strict=True):
         told[number] = runs.end(max(aim, len(runs.kept)), number)
+        begun = f"{number.name} at {len(runs.kept)} of {total} shards, in {runs.seconds[-1]:.0f} s"
+        print(f"{begun}; made twice so far: {len(runs.twice)}", file=sys.stderr, flush=True)
     last = finish(rough)
     runs.look()
     assert not [*rough.glob("artifacts/**/*.part")]
@@ -223,6 +225,7 @@ def measured(folder: Path, kills: int, seed: int) -> dict[str, Any]:
         "signals": [
             {"signal": number.name, "exit code": code, "last words": words, "left behind": left}
             for number, (code, words, left) in told.items()
+            if number != signal.SIGKILL
         ],
         "goals": [
             timing.goal("no whole shard is made twice", len(runs.twice), not runs.twice),
