@@ -178,10 +178,14 @@ def read_shard(path: Path) -> tuple[Tensor, NDArray[np.int64], dict[str, str]]:
 
 
 def is_whole(shard: Shard, origin: dict[str, str]) -> bool:
-    """Whether the shard is there, undamaged and made from exactly ``origin``."""
+    """Whether the shard is there, undamaged and made from exactly ``origin``; one is named if it is
+    damaged."""
+    if not shard.path.exists():
+        return False
     try:
         return read_shard(shard.path)[2] == described(shard, origin)
     except InputError:
+        print(f"features: {shard.path} is damaged, and made again", flush=True)
         return False
 
 

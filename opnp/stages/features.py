@@ -73,12 +73,9 @@ def compute(parameters: Parameters, shard: Shard) -> bool:
 
 def origin_of(parameters: Parameters, shard: Shard) -> dict[str, str]:
     """What a shard is made from on this worker's device, besides its rows."""
-    expected, device = expected_metadata(parameters, shard.split), devices.device()
-    _, preprocessing = backbone_on(expected["backbone"], device)
     return {
-        **expected,
-        "preprocessing": json.dumps(asdict(preprocessing)),
-        "device": device.type,
+        **expected_metadata(parameters, shard.split),
+        "device": devices.device().type,
         "code": code_digest(backbones, datasets, shards, proxies, sources),
     }
 
@@ -150,14 +147,16 @@ def decoders(parameters: Parameters, device: torch.device) -> int:
 
 def expected_metadata(parameters: Parameters, split: str) -> dict[str, str]:
     """What the shards of a split must say of themselves, wherever they are read."""
-    proxy = split.startswith("proxies/")
+    proxy, backbone = split.startswith("proxies/"), digest(artifacts.BACKBONE)
+    _, preprocessing = backbone_on(backbone, torch.device("cpu"))
     return {
-        "backbone": digest(artifacts.BACKBONE),
+        "backbone": backbone,
         "images": fetch.manifest_of(parameters).sets["validation" if proxy else split].sha256,
         "dtype": parameters.features.dtype,
         "precision": parameters.features.precision,
         "compiled": str(parameters.features.compile),
         **({"seed": str(parameters.seed)} if proxy else {}),
+        "preprocessing": json.dumps(asdict(preprocessing)),
     }
 
 

@@ -73,12 +73,12 @@ def compute(parameters: Parameters, path: Path) -> bool:
     Rows in even and in odd places are summed apart: two halves of the training samples.
     """
     h, _, shard = shards.read_shard(path)
-    metadata = origin_of(parameters, path, shard)
+    metadata, file = origin_of(parameters, path, shard), sums_file(path)
     try:
-        if read_sums(sums_file(path))[1] == metadata:
+        if file.exists() and read_sums(file)[1] == metadata:
             return False
     except InputError:
-        pass
+        print(f"sensitivity: {file} is damaged, and made again", flush=True)
     device = devices.device()
     model, _ = features.backbone_on(metadata["backbone"], device)
     weight, bias = model.head.weight, energy.bias_of(model.head)
@@ -89,7 +89,7 @@ def compute(parameters: Parameters, path: Path) -> bool:
             for setting in metadata["settings"]
             for half in halves
         ]
-    write_sums(sums_file(path), sums, metadata)
+    write_sums(file, sums, metadata)
     return True
 
 
