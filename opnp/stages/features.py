@@ -7,7 +7,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from opnp import artifacts, backbones, datasets, devices, proxies, sources
+from opnp import artifacts, backbones, datasets, devices, heads, networks, proxies, sources
 from opnp import features as shards
 from opnp.datasets import data_file
 from opnp.errors import InputError
@@ -41,7 +40,9 @@ def run(parameters: Parameters) -> None:
 def plan(parameters: Parameters) -> list[Shard]:
     """The shards to compute, in order."""
     manifest, size = fetch.manifest_of(parameters), parameters.features.shard_size
-    _, _, classes = backbones.load(artifacts.BACKBONE)
+    backbone = backbones.load(artifacts.BACKBONE, parameters.train.backbone)
+    classes = backbone.classes
+    fetch.check_images(parameters, backbone.preprocessing)
     if classes != manifest.classes:
         raise InputError(
             f"The backbone has {len(classes)} classes and the data {len(manifest.classes)}, or "
@@ -60,7 +61,7 @@ def compute(parameters: Parameters, shard: Shard) -> bool:
         return False
     device = devices.device()
     settings = parameters.features
-    encoder = encoder_on(origin["backbone"], device, settings.compile)
+    encoder = encoder_on(origin["backbone"], device, parameters.train.backbone, settings.compile)
     images, labels = open_images(parameters, shard.split, shard.start, shard.stop)
     starts = range(shard.start, shard.stop, settings.batch_size)
     rows = [range(at, min(at + settings.batch_size, shard.stop)) for at in starts]
@@ -76,7 +77,7 @@ def origin_of(parameters: Parameters, shard: Shard) -> dict[str, str]:
     return {
         **expected_metadata(parameters, shard.split),
         "device": devices.device().type,
-        "code": code_digest(backbones, datasets, shards, proxies, sources),
+        "code": code_digest(backbones, heads, networks, datasets, shards, proxies, sources),
     }
 
 
@@ -96,7 +97,8 @@ def open_images(
         labels (N,) of all of them.
     """
     expected, storage = expected_metadata(parameters, split), parameters.engine.storage
-    _, preprocessing = backbone_on(expected["backbone"], devices.device())
+    device, spec = devices.device(), parameters.train.backbone
+    _, preprocessing = backbone_on(expected["backbone"], device, spec)
     if split.startswith("proxies/"):
         with one_at_a_time:
             validation = validation_images(expected["images"], preprocessing, storage)
@@ -148,7 +150,7 @@ def decoders(parameters: Parameters, device: torch.device) -> int:
 def expected_metadata(parameters: Parameters, split: str) -> dict[str, str]:
     """What the shards of a split must say of themselves, wherever they are read."""
     proxy, backbone = split.startswith("proxies/"), digest(artifacts.BACKBONE)
-    _, preprocessing = backbone_on(backbone, torch.device("cpu"))
+    _, preprocessing = backbone_on(backbone, devices.device(), parameters.train.backbone)
     return {
         "backbone": backbone,
         "images": fetch.manifest_of(parameters).sets["validation" if proxy else split].sha256,
@@ -156,7 +158,7 @@ def expected_metadata(parameters: Parameters, split: str) -> dict[str, str]:
         "precision": parameters.features.precision,
         "compiled": str(parameters.features.compile),
         **({"seed": str(parameters.seed)} if proxy else {}),
-        "preprocessing": json.dumps(asdict(preprocessing)),
+        "preprocessing": json.dumps(preprocessing.as_json()),
     }
 
 
@@ -177,19 +179,19 @@ def finish(planned: list[Shard]) -> None:
 
 @lru_cache(maxsize=16)
 def backbone_on(
-    sha256: str, device: torch.device
+    sha256: str, device: torch.device, spec: str
 ) -> tuple[backbones.Classifier, backbones.Preprocessing]:
     """The backbone on a device, loaded once a process as long as its file stays the same."""
-    model, preprocessing, _ = backbones.load(artifacts.BACKBONE)
+    backbone = backbones.load(artifacts.BACKBONE, spec)
     if device.type == "cuda":  # the faster order for its convolutions
-        model.to(memory_format=torch.channels_last)
-    return model.to(device), preprocessing
+        backbone.classifier.to(memory_format=torch.channels_last)
+    return backbone.classifier.to(device), backbone.preprocessing
 
 
 @lru_cache(maxsize=16)
-def encoder_on(sha256: str, device: torch.device, compiled: bool) -> nn.Module:
+def encoder_on(sha256: str, device: torch.device, spec: str, compiled: bool) -> nn.Module:
     """The backbone's encoder on a device, compiled once a process if wanted."""
-    model, _ = backbone_on(sha256, device)
+    model, _ = backbone_on(sha256, device, spec)
     return cast(nn.Module, torch.compile(model.encoder)) if compiled else model.encoder
 
 

@@ -80,7 +80,7 @@ def compute(parameters: Parameters, path: Path) -> bool:
     except InputError:
         print(f"sensitivity: {file} is damaged, and made again", flush=True)
     device = devices.device()
-    model, _ = features.backbone_on(metadata["backbone"], device)
+    model, _ = features.backbone_on(metadata["backbone"], device, parameters.train.backbone)
     weight, bias = model.head.weight, energy.bias_of(model.head)
     halves = (h[::2].to(device), h[1::2].to(device))
     with devices.deterministic(threads=1):
