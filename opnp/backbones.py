@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from math import floor
 from pathlib import Path
@@ -150,7 +151,7 @@ class Preprocessing:
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
         """An image of any size and mode, scaled and cropped, uint8 (H, W, C)."""
         fitted = fit(image, self.size, self.mode, self.resize, self.interpolation)
-        return np.asarray(fitted).reshape(self.size, self.size, self.channels)
+        return np.array(fitted).reshape(self.size, self.size, self.channels)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Normalize images in [0, 1], float32 (N, C, H, W).
@@ -227,25 +228,16 @@ class Weights:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def build(
-    name: str,
-    channels: int,
-    classes: int,
-    width: int = 32,
-    depth: int = 1,
-    size: int = 32,
-    **options: Any,
-) -> Classifier:
+def build(name: str, channels: int, classes: int, size: int = 32, **options: Any) -> Classifier:
     """An untrained classifier; but a factory's, which comes as the factory makes it.
 
     Args:
         name: see the module.
         channels: of the images, 1 or 3.
         classes: K, at least 2.
-        width: of the small networks, where L = 4 × width.
-        depth: of the small networks: blocks in each of three stages.
         size: side of the images in pixels.
-        options: more arguments of the library's model, or of the factory.
+        options: of a small network ``width``, where L = 4 × width, and ``depth``, the blocks in
+            each of three stages; of others what the library's model or the factory takes.
 
     Raises:
         InputError: there is no such backbone, fewer than 2 classes, the images are too small, or
@@ -264,8 +256,9 @@ def build(
             f"The backbone {name!r} needs images of at least 8 pixels, not {size}: set "
             "data.image_size, or train.backbone to resnet."
         )
-    encoder = NETWORKS[name](channels, size, width, depth)
-    return Classifier(encoder, nn.Linear(4 * width, classes))
+    options = {"width": 32, **options}
+    encoder = called(name, partial(NETWORKS[name], channels, size), options)
+    return Classifier(encoder, nn.Linear(4 * options["width"], classes))
 
 
 def divided(
@@ -395,7 +388,11 @@ def architecture(
     library, _, name = spec.partition(":")
     if library not in ("torchvision", "timm"):
         factory = factory_of(spec)
-        if "num_classes" in inspect.signature(factory).parameters and classes is not None:
+        try:
+            taken = inspect.signature(factory).parameters
+        except ValueError:  # as some that are written in C have none
+            taken = {}
+        if "num_classes" in taken and classes is not None:
             options = {"num_classes": classes, **options}
         return called(spec, factory, options)
     if unsafe := [key for key, value in options.items() if not isinstance(value, int | float)]:
