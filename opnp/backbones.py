@@ -136,7 +136,9 @@ class Preprocessing:
                 f"{where} must state {', '.join(sorted(needed))}, and may state "
                 f"{' and '.join(sorted(names - needed))}, and nothing else."
             )
-        listed = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        listed: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in values.items()
+        }
         return cls(**listed)
 
     def as_json(self) -> dict[str, Any]:
@@ -320,7 +322,7 @@ def from_spec(
             f"What the weights {where} want of images is not known: state the preprocessing they "
             "were trained with."
         )
-    names = None if isinstance(classes, int) else classes and list(classes)
+    names = list(classes) if isinstance(classes, Sequence) else None
     if published.classes and classes in (None, len(published.classes)):
         names = published.classes
     count = len(names) if names else cast(int | None, classes)
@@ -364,7 +366,7 @@ def restored(
         ("backbone", {key: stated["spec"].get(key) for key in wanted}, wanted),
         ("preprocessing", own, preprocessing),
         ("number of classes", len(names), classes if isinstance(classes, int) else None),
-        ("classes", names, classes and list(classes) if not isinstance(classes, int) else None),
+        ("classes", names, list(classes) if isinstance(classes, Sequence) else None),
     ):
         if ours not in (None, theirs):
             raise InputError(f"{path} is of the {what} {theirs}, not {ours}: state what it is of.")
@@ -389,9 +391,9 @@ def architecture(
     if library not in ("torchvision", "timm"):
         factory = factory_of(spec)
         try:
-            taken = inspect.signature(factory).parameters
+            taken = list(inspect.signature(factory).parameters)
         except ValueError:  # as some that are written in C have none
-            taken = {}
+            taken = []
         if "num_classes" in taken and classes is not None:
             options = {"num_classes": classes, **options}
         return called(spec, factory, options)
@@ -404,14 +406,15 @@ def architecture(
         options = {"in_chans": channels, **options}
         if timm.get_pretrained_cfg(name).fixed_input_size:
             options = {"img_size": size, **options}
-        return called(spec, timm.create_model, {"model_name": name, "pretrained": False} | options)
+        options = {"model_name": name, "pretrained": False, **options}
+        return called(spec, timm.create_model, options)
     if channels != 3:
         raise InputError(f"{spec} wants images of 3 channels, not {channels}: take the mode RGB.")
     if name.startswith("vit_"):
         options = {"image_size": size, **options}
     if name in ("inception_v3", "googlenet"):  # whose own initialization takes a minute
         options = {"init_weights": False, **options}
-    return called(spec, torchvision_model(name), {"weights": None} | options)
+    return called(spec, torchvision_model(name), {"weights": None, **options})
 
 
 def called(spec: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> nn.Module:
@@ -633,6 +636,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"Checkpoint {path} is missing: correct train.checkpoint.")
+    state: Any = {}
     metadata: dict[str, Any] = {}
     if path.suffix == ".safetensors":
         state, metadata = tensors.load(path, "replace the checkpoint")

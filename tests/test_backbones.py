@@ -83,7 +83,7 @@ def test_preprocessing_is_what_timm_does(name: str) -> None:
 def test_a_preparation_of_timms_that_is_no_crop_of_the_centre_is_refused() -> None:
     timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'opnp[timm]'")
     config = timm.get_pretrained_cfg("resnet18").to_dict() | {"crop_mode": "squash"}
-    with pytest.raises(InputError, match="by a squash of 224 × 224.*state a preprocessing"):
+    with pytest.raises(InputError, match=r"by a squash of 224 × 224.*state a preprocessing"):
         backbones.of_timm(config, "resnet18")
 
 
@@ -279,7 +279,7 @@ def test_options_of_a_librarys_model_are_numbers() -> None:
     """So that a file cannot name places for it to read from."""
     with pytest.raises(InputError, match="the option weights must be a number"):
         backbones.build(SPEC, 3, 4, size=32, weights="DEFAULT")
-    with pytest.raises(InputError, match="cannot be made .*correct its options"):
+    with pytest.raises(InputError, match=r"cannot be made .*correct its options"):
         backbones.build("torchvision:resnet18", 3, 4, size=32, nothing=3)
     assert backbones.build(SPEC, 3, 4, size=32, width_mult=0.5).head.in_features == 512
 
