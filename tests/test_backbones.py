@@ -1,6 +1,7 @@
 """Backbones from specs and weights of many kinds; preprocessing that equals the libraries' own."""
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,15 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
-from opnp import backbones, tensors
+from opnp import artifacts, backbones, datasets, parameters, stages, tensors
 from opnp.backbones import Backbone, Preprocessing, from_spec
 from opnp.datasets import unit
 from opnp.errors import InputError, UnavailableError
+from opnp.features import read_shard
+from opnp.files import digest
+from tests.conftest import set_parameters
 
+ROOT = Path(__file__).parents[1]
 PHOTOS = [Image.fromarray(photo) for photo in load_sample_images().images]  # 640 × 427 pixels
 SMALL = Preprocessing(32, "RGB", (0.4, 0.5, 0.6), (0.2, 0.2, 0.3), resize=36)
 SPEC = "torchvision:mobilenet_v3_small"
@@ -191,7 +196,7 @@ def test_a_file_of_a_librarys_own_weights_is_known_by_its_hash(
 
     torch.save(small_model(1000).state_dict(), "copied.pth")
     entry = Own.IMAGENET1K_V1
-    sha256 = backbones.digest(Path("copied.pth"))
+    sha256 = digest(Path("copied.pth"))
     url = entry.url.rsplit("-", 1)[0] + f"-{sha256[:8]}.pth"
     monkeypatch.setattr(entry, "_value_", replace(entry.value, url=url))
     found = from_spec(SPEC, "copied.pth")
@@ -282,6 +287,68 @@ def test_options_of_a_librarys_model_are_numbers() -> None:
     with pytest.raises(InputError, match=r"cannot be made .*correct its options"):
         backbones.build("torchvision:resnet18", 3, 4, size=32, nothing=3)
     assert backbones.build(SPEC, 3, 4, size=32, width_mult=0.5).head.in_features == 512
+
+
+# In the pipeline
+
+
+def test_images_are_kept_as_the_weights_want_them() -> None:
+    """Scaled and cropped once, when they are fetched."""
+    wanted = replace(SMALL, size=224, resize=256, interpolation="bicubic")
+    examples = [(photo, 0) for photo in PHOTOS]
+    path, how = Path("kept.parquet"), {"resize": 256, "interpolation": "bicubic"}
+    datasets.write(path, "train", "photographs", examples, 224, "RGB", ["photo"], **how)  # type: ignore[arg-type]
+    pixels, _ = datasets.read(path, "RGB", 224)
+    assert np.array_equal(pixels, np.stack([wanted.pixels(photo) for photo in PHOTOS]))
+
+
+def test_the_stages_take_a_librarys_model(folder: Path) -> None:
+    def chosen(values: dict[str, Any]) -> parameters.Parameters:
+        set_parameters(folder, values)
+        return parameters.load()
+
+    shutil.copy2(ROOT / "params.yaml", folder)
+    images = {"data.image_size": 32, "data.mode": "RGB", "data.resize": 36, "data.ood_count": 8}
+    sets = {"data.near": {}, "data.far": {"noise": "noise"}, "search.proxies": ["blobs"]}
+    settings = chosen({**images, **sets, "train.backbone": SPEC, "train.epochs": 1})
+    stages.fetch.run(settings)
+    trained = stages.train.run(settings)
+    assert trained["features"] == 1024
+    made = backbones.load(artifacts.BACKBONE)
+    assert made.spec == {"name": SPEC}
+    assert (made.preprocessing.size, made.preprocessing.resize, made.classes[-1]) == (32, 36, "6")
+
+    shutil.copy2(artifacts.BACKBONE, "mine.safetensors")
+    artifacts.BACKBONE.unlink()
+    settings = chosen({"train.checkpoint": "mine.safetensors"})
+    loaded = stages.train.run(settings)
+    assert loaded["checkpoint"] == digest(Path("mine.safetensors"))
+    for key in ("train_accuracy", "validation_accuracy", "features"):
+        assert loaded[key] == trained[key]
+    shard = next(each for each in stages.features.plan(settings) if each.split == "test")
+    assert stages.features.compute(settings, shard)
+    stored, _, _ = read_shard(shard.path)
+    pixels, _ = datasets.read(datasets.data_file("test"), "RGB", 32, shard.start, shard.stop)
+    expected = made.classifier.encoder(made.preprocessing.normalize(unit(pixels)))
+    torch.testing.assert_close(stored, expected, rtol=1e-4, atol=1e-4)
+
+    settings = chosen({"data.resize": None, "data.interpolation": "bicubic"})
+    stages.fetch.run(settings)
+    wanted = 'wants images prepared.*set data.resize to 36 and data.interpolation to "bilinear"'
+    for stage in (stages.train.run, stages.features.plan):
+        with pytest.raises(InputError, match=wanted):
+            stage(settings)
+
+    torch.save(small_model(7).state_dict(), "foreign.pt")
+    settings = chosen(
+        {**images, "data.interpolation": "bilinear", "train.checkpoint": "foreign.pt"}
+    )
+    stages.fetch.run(settings)
+    with pytest.raises(InputError, match=r"foreign\.pt want of images is not known"):
+        stages.train.run(settings)
+    Path("wanted.json").write_text(json.dumps(SMALL.as_json()))
+    stages.train.run(chosen({"train.preprocessing": "wanted.json"}))
+    assert backbones.load(artifacts.BACKBONE).preprocessing == SMALL
 
 
 # Factories
