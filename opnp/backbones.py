@@ -359,6 +359,7 @@ def restored(
     Raises:
         InputError: it is another, or has other classes or another preprocessing.
     """
+    check_stated(path, stated)
     own = Preprocessing.stated(stated["preprocessing"])
     names: list[str] = stated["classes"]
     wanted: dict[str, Any] = {"name": spec, **options}
@@ -373,6 +374,20 @@ def restored(
     model = build(channels=own.channels, classes=len(names), size=own.size, **stated["spec"])
     load_state(model, state, path)
     return Backbone(finished(model), own, names, stated["spec"])
+
+
+def check_stated(path: Path, stated: dict[str, Any]) -> None:
+    """Refuse a file that does not say what its weights are of, as `save` does."""
+    spec = stated.get("spec")
+    if (
+        set(stated) != {"preprocessing", "classes", "spec"}
+        or not isinstance(stated["classes"], list)
+        or not isinstance(spec, dict)
+        or not isinstance(spec.get("name"), str)
+    ):
+        raise InputError(
+            f"{path} holds weights, but not what they are of: run `python -m flows.train` again."
+        )
 
 
 def finished(model: Classifier) -> Classifier:
@@ -715,10 +730,8 @@ def load(path: Path, factory: str | None = None) -> Backbone:
     Raises:
         InputError: the file is missing or damaged, or names a factory that the caller does not.
     """
-    again = "run `python -m flows.train` again"
-    state, metadata = tensors.load(path, again)
-    if set(metadata) != {"preprocessing", "classes", "spec"}:
-        raise InputError(f"{path} holds weights, but not what they are of: {again}.")
+    state, metadata = tensors.load(path, "run `python -m flows.train` again")
+    check_stated(path, metadata)
     name = metadata["spec"]["name"]
     library = name.partition(":")[0]
     if name not in NETWORKS and library not in ("torchvision", "timm") and name != factory:

@@ -413,9 +413,10 @@ def test_a_file_with_another_spec_is_refused(name: str) -> None:
     torch.save(small_model().state_dict(), "mine.pt")
     backbones.save(Path("mine.safetensors"), from_spec(SPEC, "mine.pt", SMALL))
     state, metadata = tensors.load(Path("mine.safetensors"), "")
-    tensors.save(Path("mine.safetensors"), state, metadata | {"spec": {"name": name}})
-    with pytest.raises(InputError):
-        backbones.load(Path("mine.safetensors"))
+    for spec in ({"name": name}, {}, name):
+        tensors.save(Path("mine.safetensors"), state, metadata | {"spec": spec})
+        with pytest.raises(InputError):
+            backbones.load(Path("mine.safetensors"))
 
 
 # Real weights, which come in a package
