@@ -42,7 +42,8 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert names["detector"].predict(images).shape == (40,)
     assert (tmp_path / "mask.safetensors").is_file()
     assert names["mine"].classes == ["cat", "dog"]
-    assert names["gate"].predict_features(torch.rand(3, 1024)).shape == (3,)
+    gate = names["gate"].fit_features(torch.rand(9, 1024), torch.zeros(9))
+    assert gate.predict_features(torch.rand(3, 1024)).shape == (3,)
 
 
 def test_the_files_it_names_exist() -> None:
