@@ -104,7 +104,7 @@ def test_empty_split(workspace: Path, call: Call) -> None:
 
 
 def test_checkpoint_of_another_shape(workspace: Path, call: Call) -> None:
-    other = backbones.build("resnet", 1, 7, 16, 1)
+    other = backbones.build("resnet", 1, 7, width=16)
     torch.save(other.state_dict(), workspace / "other.pt")
     set_parameters(workspace, {"train.checkpoint": "other.pt"})
     message = call(train)
@@ -113,7 +113,7 @@ def test_checkpoint_of_another_shape(workspace: Path, call: Call) -> None:
 
 
 def test_checkpoint_with_another_class_count(workspace: Path, call: Call) -> None:
-    other = backbones.build("resnet", 1, 10, 32, 1)
+    other = backbones.build("resnet", 1, 10)
     save_file(other.state_dict(), workspace / "ten.safetensors")
     set_parameters(workspace, {"train.checkpoint": "ten.safetensors"})
     message = call(train)
@@ -121,7 +121,7 @@ def test_checkpoint_with_another_class_count(workspace: Path, call: Call) -> Non
 
 
 def test_truncated_checkpoint(workspace: Path, call: Call) -> None:
-    other = backbones.build("resnet", 1, 7, 32, 1)
+    other = backbones.build("resnet", 1, 7)
     torch.save(other.state_dict(), workspace / "cut.pt")
     os.truncate(workspace / "cut.pt", 5000)
     set_parameters(workspace, {"train.checkpoint": "cut.pt"})
