@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opnp import artifacts, backbones, datasets, devices, proxies, sources
+from opnp import artifacts, backbones, datasets, decoding, devices, proxies
 from opnp import features as shards
 from opnp.datasets import data_file
 from opnp.errors import InputError
@@ -71,7 +71,7 @@ def origin_of(parameters: Parameters, shard: Shard) -> dict[str, str]:
         **expected,
         "preprocessing": json.dumps(asdict(preprocessing)),
         "device": device.type,
-        "code": code_digest(backbones, datasets, shards, proxies, sources),
+        "code": code_digest(backbones, datasets, decoding, shards, proxies),
     }
 
 

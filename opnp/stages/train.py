@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from opnp import artifacts, backbones, datasets, devices, sources, training
+from opnp import artifacts, backbones, datasets, devices, training
 from opnp.datasets import data_file
+from opnp.decoding import class_names
 from opnp.errors import InputError
 from opnp.files import digest, write_csv, write_json
 from opnp.parameters import Parameters
@@ -17,7 +18,7 @@ def run(parameters: Parameters) -> dict[str, Any]:
     """Train the backbone, or load its checkpoint, and record how well it classifies."""
     settings, data, device = parameters.train, parameters.data, devices.device()
     fetch.manifest_of(parameters)
-    classes = sources.class_names(data_file("train"))
+    classes = class_names(data_file("train"))
     read = {
         split: datasets.read(data_file(split), data.mode, data.image_size)
         for split in ("train", "validation")
