@@ -118,7 +118,7 @@ def parquet_split(paths: Sequence[Path], labelled: bool) -> Split:
     A row of a Parquet file cannot be read without a good part of the file. The copy takes as much
     of the disk (of TMPDIR) as the files, and no memory.
     """
-    spool = tempfile.TemporaryFile()  # noqa: SIM115: it lives as long as what reads it
+    spool = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the images)
     ends, labels, starts = [0], [np.empty(0, np.int64)], [0]
     for path in paths:
         for encoded, y in parquet_rows(path, labelled):
