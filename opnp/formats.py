@@ -221,7 +221,9 @@ def open_tree(folder: Path, labelled: bool) -> Source:
 
 
 def class_folders(folder: Path) -> list[str]:
-    return [e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith(".")]
+    """Names of the folders in a folder, but hidden ones; in no order."""
+    root, entries = folder.resolve(), list(visible(folder))
+    return [entry.name for entry in entries if entry.is_dir() and stays(entry, root)]
 
 
 def image_files(folder: Path) -> Iterator[str]:
@@ -232,26 +234,30 @@ def image_files(folder: Path) -> Iterator[str]:
     """
     root = folder.resolve()
 
-    def within(place: str) -> Iterator[str]:
-        for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
-            if entry.name.startswith("."):
-                continue
-            image = Path(entry.name).suffix.lower() in SUFFIXES
-            if entry.is_symlink():
-                target = Path(entry.path).resolve()
-                if target.is_dir() or (image and not target.is_relative_to(root)):
-                    raise InputError(
-                        f"{entry.path} is a link that leads out of {folder}, or to a folder: put "
-                        "the images themselves there."
-                    )
-            if entry.is_dir():
+    def within(place: Path | str) -> Iterator[str]:
+        for entry in sorted(visible(place), key=lambda entry: entry.name):
+            if entry.is_dir() and stays(entry, root):
                 yield from within(entry.path)
-            elif image:
+            elif Path(entry.name).suffix.lower() in SUFFIXES and stays(entry, root):
                 yield entry.path
 
-    if folder.is_symlink() and not root.is_dir():
-        raise MissingError(f"{folder} is a link to nothing: correct it.")
-    return within(str(folder))
+    return within(folder)
+
+
+def visible(folder: Path | str) -> Iterator[os.DirEntry[str]]:
+    return (entry for entry in os.scandir(folder) if not entry.name.startswith("."))
+
+
+def stays(entry: os.DirEntry[str], root: Path) -> bool:
+    """True, unless it is a link to a folder, or out of ``root``, which is refused."""
+    if entry.is_symlink() and (
+        entry.is_dir() or not Path(entry.path).resolve().is_relative_to(root)
+    ):
+        raise InputError(
+            f"{entry.path} is a link that leads to a folder, or out of the image folder: put the "
+            "images themselves there, or list them in a manifest above."
+        )
+    return True
 
 
 def file_split(paths: Sequence[str], labels: NDArray[np.int64]) -> Split:
