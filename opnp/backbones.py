@@ -24,10 +24,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from opnp import heads, tensors
+from opnp.decoding import INTERPOLATIONS, fit
 from opnp.errors import InputError, UnavailableError
 from opnp.files import digest
 from opnp.networks import NETWORKS
-from opnp.sources import INTERPOLATIONS, fit
 
 __all__ = [
     "Backbone",

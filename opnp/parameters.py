@@ -51,6 +51,7 @@ class Data(Section):
     far: dict[Name, str] = {}
     ood_count: Positive
     max_unreadable: Annotated[int, Field(ge=0)] = 10
+    missing: Literal["refuse", "skip"] = "refuse"
 
     @model_validator(mode="after")
     def consistent(self) -> Self:

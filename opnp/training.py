@@ -11,7 +11,7 @@ from opnp.backbones import Classifier
 from opnp.errors import InputError
 from opnp.progress import track
 
-__all__ = ["Rectifier", "fit", "hits"]
+__all__ = ["Rectifier", "correct", "fit"]
 
 CONTRIBUTIONS = 2**23  # products W_ij·h_j held at once by `Rectifier`: 32 MiB of float32
 
@@ -30,7 +30,7 @@ def shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def hits(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 512) -> int:
+def correct(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 512) -> int:
     """How many images (N, C, H, W) have their label's (N,) logit as their largest."""
     training = model.training
     model.eval()
@@ -187,7 +187,7 @@ def fit(
                 "epoch": epoch,
                 "loss": loss_sum / len(images),
                 "train_accuracy": 100 * hits / len(images),
-                "validation_accuracy": 100 * hits(model, *validation) / len(validation[1]),
+                "validation_accuracy": 100 * correct(model, *validation) / len(validation[1]),
             }
         )
     return history

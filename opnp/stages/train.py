@@ -6,9 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opnp import artifacts, backbones, datasets, devices, sources, training
+from opnp import artifacts, backbones, datasets, devices, training
 from opnp.backbones import Backbone, Preprocessing
 from opnp.datasets import data_file
+from opnp.decoding import class_names
 from opnp.files import digest, write_csv, write_json
 from opnp.networks import NETWORKS
 from opnp.parameters import Parameters
@@ -21,7 +22,7 @@ def run(parameters: Parameters) -> dict[str, Any]:
     """Train the backbone, or load its weights, and record how well it classifies."""
     settings, device = parameters.train, devices.device()
     manifest = fetch.manifest_of(parameters)
-    classes = sources.class_names(data_file("train"))
+    classes = class_names(data_file("train"))
     with devices.deterministic(settings.threads):
         torch.manual_seed(parameters.seed)
         if settings.checkpoint:
@@ -118,7 +119,7 @@ def accuracy(backbone: Backbone, split: str, count: int, device: torch.device) -
         stop = min(start + PART, count)
         pixels, labels = datasets.read(data_file(split), wanted.mode, wanted.size, start, stop)
         images = wanted.normalize(datasets.unit(pixels)).to(device)
-        hits += training.hits(backbone.classifier, images, torch.from_numpy(labels).to(device))
+        hits += training.correct(backbone.classifier, images, torch.from_numpy(labels).to(device))
     return 100 * hits / count
 
 
