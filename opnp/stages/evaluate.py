@@ -20,6 +20,7 @@ from opnp.progress import track
 from opnp.search import (
     Candidate,
     Judge,
+    candidate_record,
     candidates_of,
     setting_of,
 )
@@ -262,7 +263,7 @@ def oracles(
         ]
         lowest = min(eligible, key=lambda candidate: by_candidate[candidate])
         gain, kept = unpruned - by_candidate[lowest], unpruned - by_candidate[chosen[method]]
-        found[method] = search.candidate_record(lowest, percentiles) | {
+        found[method] = candidate_record(lowest, percentiles) | {
             "fpr95": by_candidate[lowest],
             "kept": 100 * kept / gain if gain > 0 else 100.0,
         }
