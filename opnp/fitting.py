@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ class Shards:
             files = [images.paths[row] for row in part]
             listed = [[str(f), (at := f.stat()).st_size, at.st_mtime_ns] for f in files]
             path = self.folder / f"{name}-{start // SHARD:05d}.safetensors"
-            lost = self.write_once(path, {"images": listed}, lambda p=part: self.encode(images, p))
+            lost = self.write_once(path, {"images": listed}, partial(self.encode, images, part))
             self.unreadable += lost
             if len(self.unreadable) > self.settings.max_unreadable:
                 raise InputError(

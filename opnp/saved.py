@@ -50,6 +50,7 @@ ABOUT = "detector.json"
 MODEL, HEAD, MASK = "model.safetensors", "head.safetensors", "mask.safetensors"
 SENSITIVITY = "sensitivity.safetensors"
 FILES = (MODEL, HEAD, MASK, SENSITIVITY)
+SENSITIVITIES = ("weights", "neurons_mean", "neurons_gradient", "neurons_taylor")
 FORMAT = 1
 
 LIBRARIES = ("opnp", "torch", "torchvision", "numpy", "pillow")
@@ -327,10 +328,7 @@ class SavedDetector:
         """
         folder = Path(folder)
         check_place(folder, overwrite)
-        sensitivity = {
-            name: getattr(self.sensitivity, name)
-            for name in ("weights", "neurons_mean", "neurons_gradient", "neurons_taylor")
-        }
+        sensitivity = {name: getattr(self.sensitivity, name) for name in SENSITIVITIES}
         head = self.scorer.head
         with atomic_folder(folder) as temporary:
             tensors.save(temporary / MODEL, self.backbone.classifier.state_dict(), {})
@@ -416,7 +414,8 @@ def load(
     try:
         preprocessing = Preprocessing.stated(about["preprocessing"])
         threshold = Threshold(**about["threshold"])
-        candidate = candidate_of(about)
+        score = about["score"]
+        candidate = Candidate.stated({**about["mask"], **score, "threshold": score["clip"]})
         spec, classes, made = about["model"], about["classes"], about["made"]
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{folder / ABOUT} lacks something ({error}): make it again.") from None
@@ -431,9 +430,11 @@ def load(
         reason = str(error).splitlines()[-1].strip()
         raise InputError(f"{folder / MODEL} is not of the model {spec} ({reason}).") from None
     sums, stated = tensors.load(folder / SENSITIVITY, again)
-    sensitivity = Sensitivity(
-        **sums, **stated, temperature=candidate.temperature, clip=candidate.clip
-    )
+    try:
+        parts = [sums[name] for name in SENSITIVITIES]
+        sensitivity = Sensitivity(*parts, stated["count"], candidate.temperature, candidate.clip)
+    except KeyError as error:
+        raise InputError(f"{folder / SENSITIVITY} lacks {error}: {again}.") from None
     mask = PruningMask.load(folder / MASK)
     detector = SavedDetector(
         backbone, mask, candidate, sensitivity, threshold, made, about["digest"]
@@ -467,14 +468,3 @@ def check_whole(folder: Path, about: dict[str, Any]) -> None:
                 f"{path} is damaged or of another detector (its SHA-256 is not the one in {ABOUT}):"
                 " copy the detector again, or make it again."
             )
-
-
-def candidate_of(about: dict[str, Any]) -> Candidate:
-    mask, score = about["mask"], about["score"]
-    return Candidate(
-        (mask["weights_low"], mask["weights_high"]),
-        (mask["neurons_low"], mask["neurons_high"]),
-        mask["neuron_sensitivity"],
-        score["clip"],
-        score["temperature"],
-    )

@@ -69,6 +69,21 @@ class Candidate:
     clip: float | None = None
     temperature: float = 1.0
 
+    @classmethod
+    def stated(cls, record: Mapping[str, Any]) -> "Candidate":
+        """The candidate of a record that `candidate_record` made.
+
+        Raises:
+            KeyError: it lacks something.
+        """
+        return cls(
+            (record["weights_low"], record["weights_high"]),
+            (record["neurons_low"], record["neurons_high"]),
+            record["neuron_sensitivity"],
+            record["threshold"],
+            record["temperature"],
+        )
+
     def record(self) -> dict[str, float | str]:
         """What it prunes, under the names of `Grid`."""
         (weights_low, weights_high), (neurons_low, neurons_high) = self.weights, self.neurons

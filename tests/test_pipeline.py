@@ -23,7 +23,7 @@ from opnp.datasets import read_manifest
 from opnp.errors import InputError
 from opnp.files import digest, remove_others
 from opnp.masks import PruningMask
-from opnp.search import setting_of
+from opnp.search import Candidate, setting_of
 from opnp.sensitivity import SensitivitySums
 from tests.conftest import QUICK, ROOT, run_program, set_parameters
 
@@ -146,7 +146,7 @@ def test_what_the_search_chose_is_among_its_trials_and_in_its_masks(workspace: P
         assert record["instability"] >= 0
     measured = stages.sensitivity.read(chosen)
     for method, path in (("opnp", artifacts.MASK), ("opnp+react", artifacts.MASK_REACT)):
-        candidate = stages.evaluate.chosen_candidate(found[method])
+        candidate = Candidate.stated(found[method])
         mask, expected = PruningMask.load(path), candidate.mask(setting_of(measured, candidate))
         assert torch.equal(mask.weights, expected.weights)
         assert torch.equal(mask.neurons, expected.neurons)

@@ -3,11 +3,13 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from typing import Any
 
 import pyarrow as pa
 
 from opnp import artifacts, backbones, devices, tables
-from opnp.files import digest, write_json
+from opnp.errors import InputError
+from opnp.files import digest, read_json, write_json
 from opnp.parameters import Parameters
 from opnp.progress import track
 from opnp.search import (
@@ -84,6 +86,24 @@ def run(parameters: Parameters) -> SearchResult:
         },
     )
     return result
+
+
+def read(parameters: Parameters) -> dict[str, Any]:
+    """What `run` wrote of its choices.
+
+    Raises:
+        InputError: it is missing, or of another backbone or other parameters.
+    """
+    found: dict[str, Any] = read_json(artifacts.SEARCH, "python -m flows.search")
+    for key, value, what in (
+        ("backbone", digest(artifacts.BACKBONE), "another backbone"),
+        ("parameters", parameters.search.model_dump(), "other parameters in section search"),
+    ):
+        if found.get(key) != value:
+            raise InputError(
+                f"{artifacts.SEARCH} was made with {what}: run `python -m flows.search`."
+            )
+    return found
 
 
 def grid_of(parameters: Parameters) -> Grid:
