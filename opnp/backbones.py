@@ -1,50 +1,108 @@
-"""Backbones: an encoder that turns images into penultimate features, and a linear head."""
+"""Backbones: an encoder that turns images into penultimate features, and a linear head.
 
-from dataclasses import asdict, dataclass
+One string says which: the name of a small network of `opnp.networks`, ``torchvision:resnet50``,
+``timm:vit_base_patch16_224``, or ``package.module:factory``, a function of the user's that gives a
+model.
+"""
+
+import inspect
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from importlib import import_module
+from math import floor
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from opnp import tensors
-from opnp.errors import InputError
+from opnp import heads, tensors
+from opnp.errors import InputError, UnavailableError
+from opnp.files import digest
+from opnp.networks import NETWORKS
+from opnp.sources import INTERPOLATIONS, fit
 
 __all__ = [
-    "BACKBONES",
+    "Backbone",
     "Classifier",
-    "ConvNeXt",
     "Preprocessing",
-    "ResNet",
-    "ViT",
     "build",
+    "from_spec",
     "load",
     "load_weights",
     "save",
 ]
+
+DEFAULT = "DEFAULT"
+"""The name of the weights that a library, or a factory, takes by itself."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
     """What happens to an image before the encoder sees it; it travels with the weights.
 
+    Pillow scales, which antialiases always, as the evaluation transforms of torchvision and timm do
+    that are given Pillow's images.
+
     Attributes:
         size: side of the square image in pixels.
         mode: ``L`` or ``RGB``, as in Pillow.
         mean: subtracted from pixels in [0, 1], one for each channel.
         std: divides what is left, one for each channel.
+        resize: the shorter side is scaled to so many pixels, then the centre is cropped; without
+            it the largest square in the centre is cropped, then scaled.
+        interpolation: ``bilinear`` or ``bicubic``.
+
+    Raises:
+        InputError: one of them has no such value.
     """
 
     size: int
     mode: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    resize: int | None = None
+    interpolation: str = "bilinear"
+
+    def __post_init__(self) -> None:
+        channels = {"L": 1, "RGB": 3}.get(self.mode)
+        for name, sound, wanted in (
+            ("size", is_count(self.size), "a number of pixels"),
+            ("mode", channels is not None, "L or RGB"),
+            ("mean", are_numbers(self.mean, channels), "a number for each channel"),
+            (
+                "std",
+                are_numbers(self.std, channels) and min(self.std) > 0,
+                "a number above 0 for each channel",
+            ),
+            (
+                "resize",
+                self.resize is None or (is_count(self.resize) and self.resize >= self.size),
+                f"at least the size, {self.size}, or none",
+            ),
+            (
+                "interpolation",
+                self.interpolation in INTERPOLATIONS,
+                " or ".join(INTERPOLATIONS),
+            ),
+        ):
+            if not sound:
+                value = getattr(self, name)
+                raise InputError(f"The preprocessing's {name} must be {wanted}, not {value!r}.")
 
     @classmethod
-    def measured(cls, pixels: NDArray[np.uint8]) -> Self:
+    def measured(
+        cls,
+        pixels: NDArray[np.uint8],
+        resize: int | None = None,
+        interpolation: str = "bilinear",
+    ) -> Self:
         """Mean and standard deviation of the training images, uint8 (N, H, W, C)."""
         scaled = pixels.reshape(-1, pixels.shape[-1]).astype(np.float64) / 255
         return cls(
@@ -52,21 +110,74 @@ class Preprocessing:
             mode="L" if pixels.shape[-1] == 1 else "RGB",
             mean=tuple(round(float(value), 6) for value in scaled.mean(axis=0)),
             std=tuple(round(float(value), 6) for value in scaled.std(axis=0)),
+            resize=resize,
+            interpolation=interpolation,
         )
 
     @classmethod
-    def stated(cls, values: dict[str, Any]) -> Self:
-        """As `save` has written it."""
-        return cls(values["size"], values["mode"], tuple(values["mean"]), tuple(values["std"]))
+    def stated(cls, values: Mapping[str, Any] | Path) -> Self:
+        """As `as_json` has it, or a file of JSON.
+
+        Raises:
+            InputError: the file is missing or no JSON, or a value is absent, unknown or unsound.
+        """
+        where = "The preprocessing"
+        if isinstance(values, Path):
+            where = f"The preprocessing in {values}"
+            try:
+                values = json.loads(values.read_text())
+            except (OSError, ValueError) as error:
+                raise InputError(f"{where} cannot be read ({error}): state it there.") from None
+        names = {field.name for field in fields(cls)}
+        needed = {"size", "mode", "mean", "std"}
+        if not isinstance(values, Mapping) or not needed <= set(values) <= names:
+            raise InputError(
+                f"{where} must state {', '.join(sorted(needed))}, and may state "
+                f"{' and '.join(sorted(names - needed))}, and nothing else."
+            )
+        listed = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**listed)
+
+    def as_json(self) -> dict[str, Any]:
+        """By name, without what is as it is by default."""
+        named = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        return {name: value for name, (value, default) in named.items() if value != default}
 
     @property
     def channels(self) -> int:
         return len(self.mean)
 
+    def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
+        """An image of any size and mode, scaled and cropped, uint8 (H, W, C)."""
+        fitted = fit(image, self.size, self.mode, self.resize, self.interpolation)
+        return np.asarray(fitted).reshape(self.size, self.size, self.channels)
+
     def normalize(self, images: Tensor) -> Tensor:
-        """Normalize images in [0, 1], float32 (N, C, H, W)."""
+        """Normalize images in [0, 1], float32 (N, C, H, W).
+
+        Raises:
+            InputError: they are of another size, or have other channels.
+        """
+        wanted = (self.channels, self.size, self.size)
+        if tuple(images.shape[1:]) != wanted:
+            raise InputError(
+                f"The images are of shape {tuple(images.shape[1:])}, and the backbone wants "
+                f"{wanted}: prepare them with its own preprocessing."
+            )
         mean, std = (images.new_tensor(v)[:, None, None] for v in (self.mean, self.std))
         return (images - mean) / std
+
+
+def is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def are_numbers(values: object, count: int | None) -> bool:
+    return (
+        isinstance(values, tuple)
+        and len(values) == count
+        and all(isinstance(v, int | float) and np.isfinite(v) for v in values)
+    )
 
 
 class Classifier(nn.Module):
@@ -82,222 +193,445 @@ class Classifier(nn.Module):
         return logits
 
 
-class ResidualBlock(nn.Module):
-    """Two 3 × 3 convolutions and a shortcut (He et al., CVPR 2016, Fig. 2)."""
+@dataclass(frozen=True)
+class Backbone:
+    """A classifier and all that is needed to use it.
 
-    def __init__(self, inputs: int, outputs: int, stride: int):
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.norm1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.norm2 = nn.BatchNorm2d(outputs)
-        self.shortcut = (
-            nn.Identity()
-            if stride == 1 and inputs == outputs
-            else nn.Sequential(
-                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
-            )
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.norm1(self.conv1(x)))
-        return F.relu(self.norm2(self.conv2(y)) + self.shortcut(x))
-
-
-class Pool(nn.Module):
-    """Global average pooling; unlike `nn.AdaptiveAvgPool2d`, deterministic on GPUs as well."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(dim=(2, 3))
-
-
-class ResNet(nn.Sequential):
-    """A residual encoder for small images: a stem, three stages, global average pooling.
-
-    Args:
-        channels: of the images.
-        size: side of the images in pixels.
-        width: channels of the first stage; the features have 4 × ``width``.
-        depth: blocks in each stage.
-
-    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016.
+    Attributes:
+        classifier: its encoder and its head.
+        preprocessing: of the images it takes.
+        classes: names of the K classes, in the order of the logits.
+        spec: ``name``, the string that `build` makes it of, and options.
     """
 
-    def __init__(self, channels: int, size: int, width: int, depth: int = 1):
-        stem = [nn.Conv2d(channels, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-        blocks, inputs = [], width
-        for stage in range(3):
-            outputs = width << stage
-            for index in range(depth):
-                blocks.append(ResidualBlock(inputs, outputs, 2 if stage and index == 0 else 1))
-                inputs = outputs
-        super().__init__(*stem, *blocks, Pool())
+    classifier: Classifier
+    preprocessing: Preprocessing
+    classes: list[str]
+    spec: dict[str, Any]
 
 
-class ChannelNorm(nn.LayerNorm):
-    """Layer normalization over the channels of (N, C, H, W)."""
+@dataclass(frozen=True)
+class Weights:
+    """Trained weights, and what is known of them.
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class ConvNeXtBlock(nn.Module):
-    """A depthwise 7 × 7 convolution and an inverted bottleneck (Liu et al., CVPR 2022, Fig. 4)."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.depthwise = nn.Conv2d(width, width, 7, padding=3, groups=width)
-        self.norm = ChannelNorm(width)
-        self.expand = nn.Conv2d(width, 4 * width, 1)
-        self.project = nn.Conv2d(4 * width, width, 1)
-        self.scale = nn.Parameter(torch.full((width, 1, 1), 0.1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.project(F.gelu(self.expand(self.norm(self.depthwise(x)))))
-        return x + self.scale * y
-
-
-class ConvNeXt(nn.Sequential):
-    """A ConvNeXt for small images: three stages, each at half the resolution of the one before.
-
-    Args:
-        channels: of the images.
-        size: side of the images in pixels.
-        width: channels of the first stage; the features have 4 × ``width``.
-        depth: blocks in each stage.
-
-    Source: Liu et al., "A ConvNet for the 2020s", CVPR 2022, arXiv 2201.03545.
+    Attributes:
+        state: tensors by the names that the model has for them.
+        preprocessing: of the images they were trained for.
+        classes: their names.
+        options: what the model must be built with.
     """
 
-    def __init__(self, channels: int, size: int, width: int, depth: int = 1):
-        layers: list[nn.Module] = [nn.Conv2d(channels, width, 2, 2), ChannelNorm(width)]
-        for stage in range(3):
-            if stage:
-                layers += [
-                    ChannelNorm(width << (stage - 1)),
-                    nn.Conv2d(width << (stage - 1), width << stage, 2, 2),
-                ]
-            layers += [ConvNeXtBlock(width << stage) for _ in range(depth)]
-        super().__init__(*layers, ChannelNorm(4 * width), Pool())
-
-
-class Patches(nn.Module):
-    """Cut images into patches and embed each, with its place, as a token: (N, patches, width)."""
-
-    def __init__(self, channels: int, size: int, patch: int, width: int):
-        super().__init__()
-        self.embed = nn.Conv2d(channels, width, patch, patch)
-        self.place = nn.Parameter(0.02 * torch.randn((size // patch) ** 2, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.embed(x).flatten(2).transpose(1, 2) + self.place
-
-
-class TransformerBlock(nn.Module):
-    """Self-attention and a perceptron, each after normalization (Dosovitskiy et al., Fig. 1)."""
-
-    def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm1 = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.project = nn.Linear(width, width)
-        self.norm2 = nn.LayerNorm(width)
-        self.perceptron = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, tokens, width = x.shape
-        qkv = self.qkv(self.norm1(x)).view(n, tokens, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v)
-        x = x + self.project(attended.transpose(1, 2).reshape(n, tokens, width))
-        y: Tensor = x + self.perceptron(self.norm2(x))
-        return y
-
-
-class MeanToken(nn.Module):
-    """The mean over the tokens of (N, tokens, width)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean(dim=1)
-
-
-class ViT(nn.Sequential):
-    """A small vision transformer: patches of a seventh or an eighth of the image, mean of tokens.
-
-    Args:
-        channels: of the images.
-        size: side of the images in pixels, at least 4.
-        width: the tokens and the features have 4 × ``width``, in heads of 32.
-        depth: a third of the number of blocks.
-
-    Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, arXiv 2010.11929; the
-    mean in place of a class token: Beyer et al., arXiv 2205.01580.
-    """
-
-    def __init__(self, channels: int, size: int, width: int, depth: int = 1):
-        patch = max(2, size // 7)
-        tokens, heads = 4 * width, max(1, width // 8)
-        super().__init__(
-            Patches(channels, size, patch, tokens),
-            *(TransformerBlock(tokens, heads) for _ in range(3 * depth)),
-            nn.LayerNorm(tokens),
-            MeanToken(),
-        )
-
-
-BACKBONES: dict[str, type[ResNet] | type[ConvNeXt] | type[ViT]] = {
-    "resnet": ResNet,
-    "convnext": ConvNeXt,
-    "vit": ViT,
-}
-"""Encoders by name, each made from (channels, size, width, depth) and giving 4 × width features."""
+    state: dict[str, Tensor]
+    preprocessing: Preprocessing | None = None
+    classes: list[str] | None = None
+    options: dict[str, Any] | None = None
 
 
 def build(
-    name: str, channels: int, classes: int, width: int, depth: int, size: int = 32
+    name: str,
+    channels: int,
+    classes: int,
+    width: int = 32,
+    depth: int = 1,
+    size: int = 32,
+    **options: Any,
 ) -> Classifier:
-    """An untrained classifier.
+    """An untrained classifier; but a factory's, which comes as the factory makes it.
 
     Args:
-        name: a key of `BACKBONES`.
+        name: see the module.
         channels: of the images, 1 or 3.
         classes: K, at least 2.
-        width: L = 4 × width.
-        depth: blocks in each of three stages.
+        width: of the small networks, where L = 4 × width.
+        depth: of the small networks: blocks in each of three stages.
         size: side of the images in pixels.
+        options: more arguments of the library's model, or of the factory.
 
     Raises:
-        InputError: there is no such backbone, fewer than 2 classes, or the images are too small.
+        InputError: there is no such backbone, fewer than 2 classes, the images are too small, or
+            the model has no linear head.
+        UnavailableError: the library is not installed.
     """
-    if name not in BACKBONES:
-        raise InputError(
-            f"There is no backbone {name!r}: set train.backbone to one of {', '.join(BACKBONES)}."
-        )
     if classes < 2:
         raise InputError(
             f"A classifier needs at least 2 classes, not {classes}: hold out fewer (data.held_out)."
         )
+    if name not in NETWORKS:
+        return divided(architecture(name, channels, classes, size, options), channels, size)
     if name != "resnet" and size < 8:
         raise InputError(
             f"The backbone {name!r} needs images of at least 8 pixels, not {size}: set "
             "data.image_size, or train.backbone to resnet."
         )
-    encoder = BACKBONES[name](channels, size, width, depth)
+    encoder = NETWORKS[name](channels, size, width, depth)
     return Classifier(encoder, nn.Linear(4 * width, classes))
 
 
-def load_weights(model: nn.Module, path: Path) -> dict[str, Any]:
-    """Load a checkpoint (.safetensors; .pt or .pth, never unpickling code) into ``model``.
+def divided(model: nn.Module, channels: int, size: int) -> Classifier:
+    """A model as encoder and head; see `opnp.heads`."""
+    return Classifier(*heads.split(model, probe(channels, size)))
 
-    Returns:
-        What `save` stated beside the weights: ``preprocessing``, ``classes`` and ``spec``; nothing
-        for a file of another origin.
+
+def probe(channels: int, size: int) -> Tensor:
+    """Two normalized images of noise, (2, C, H, W)."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(2, channels, size, size, generator=generator)
+
+
+def from_spec(
+    spec: str,
+    weights: str | Path | None = None,
+    preprocessing: Preprocessing | None = None,
+    classes: int | Sequence[str] | None = None,
+    **options: Any,
+) -> Backbone:
+    """A trained classifier.
+
+    Args:
+        spec: see the module.
+        weights: a local file (.safetensors; .pt or .pth, never unpickling code); or the library's
+            name for its own, such as ``IMAGENET1K_V2`` (torchvision) or ``a1_in1k`` (timm), which
+            it downloads; without it, those it takes by itself. A factory's model keeps its own.
+        preprocessing: of the images, if it is not what the weights state.
+        classes: how many, or their names, if the weights do not say.
+        options: more arguments of the model: ``width`` and ``depth`` of a small network, what the
+            library's function takes (numbers), or what the factory takes.
 
     Raises:
-        InputError: the file is missing, damaged, of another format or for another model.
+        InputError: there is no such model, the weights are missing, damaged or of another model,
+            what they want of images is unknown, or the model has no linear head.
+        UnavailableError: the weights cannot be downloaded now, or the library is not installed.
+    """
+    file = file_of(weights)
+    names = [str(name) for name in classes] if isinstance(classes, Sequence) else None
+    count = len(names) if names is not None else classes if isinstance(classes, int) else None
+    if file is not None:
+        state, stated = read_weights(file)
+        if stated:
+            return restored(file, state, stated, spec, preprocessing, names, options)
+    known = known_weights(spec, file, str(weights or DEFAULT), options)
+    if file is not None:
+        known = replace(known, state=state) if known else Weights(state)
+    options = (known.options or {} if known else {}) | options
+    preprocessing = preprocessing or (known.preprocessing if known else None)
+    if preprocessing is None:
+        raise InputError(
+            f"What {f'the weights {file}' if file else spec} want of images is not known: state "
+            "the preprocessing they were trained with."
+        )
+    shape = (preprocessing.channels, preprocessing.size)
+    names = names or (known.classes if known and count in (None, len(known.classes or ())) else None)
+    count = count or (len(names) if names else None)
+    where = str(file or f"{spec} {weights or ''}".strip())
+    if spec in NETWORKS:
+        assert known is not None
+        count = count or len(known.state.get("head.bias", ()))
+        classifier = build(spec, shape[0], count, size=shape[1], **options)
+        load_state(classifier, known.state, where)
+    else:
+        model = architecture(spec, shape[0], count, shape[1], options)
+        if known is not None:
+            if count is None:
+                head = heads.find(model, probe(*shape))
+                found = len(known.state.get(f"{head}.weight", ()))
+                if found not in (0, len(model.get_submodule(head).weight)):  # type: ignore[arg-type]
+                    model = architecture(spec, shape[0], found, shape[1], options)
+            load_state(model, known.state, where)
+        classifier = divided(model, *shape)
+    outputs = classifier.head.out_features
+    if count not in (None, outputs):
+        raise InputError(f"{where} has {outputs} classes, not {count}: state those it has.")
+    names = names or [str(index) for index in range(outputs)]
+    return Backbone(finished(classifier), preprocessing, names, {"name": spec, **options})
+
+
+def restored(
+    path: Path,
+    state: dict[str, Tensor],
+    stated: dict[str, Any],
+    spec: str,
+    preprocessing: Preprocessing | None,
+    classes: list[str] | None,
+    options: dict[str, Any],
+) -> Backbone:
+    """The backbone that `save` wrote, if it is what the caller says.
+
+    Raises:
+        InputError: it is another, or has other classes or another preprocessing.
+    """
+    own = Preprocessing.stated(stated["preprocessing"])
+    wanted: dict[str, Any] = {"name": spec, **options}
+    for what, theirs, ours in (
+        ("backbone", {key: stated["spec"].get(key) for key in wanted}, wanted),
+        ("preprocessing", own, preprocessing),
+        ("classes", stated["classes"], classes),
+    ):
+        if ours not in (None, theirs):
+            raise InputError(f"{path} is of the {what} {theirs}, not {ours}: state what it is of.")
+    model = build(
+        channels=own.channels, classes=len(stated["classes"]), size=own.size, **stated["spec"]
+    )
+    load_state(model, state, path)
+    return Backbone(finished(model), own, stated["classes"], stated["spec"])
+
+
+def finished(model: Classifier) -> Classifier:
+    """In evaluation mode, and not to be trained."""
+    return model.eval().requires_grad_(False)
+
+
+# Libraries
+
+
+def architecture(
+    spec: str, channels: int, classes: int | None, size: int, options: Mapping[str, Any]
+) -> nn.Module:
+    """A model of a library, untrained, or of a factory, with its own number of classes if none."""
+    library, _, name = spec.partition(":")
+    if library not in ("torchvision", "timm"):
+        factory = factory_of(spec)
+        if "num_classes" in inspect.signature(factory).parameters and classes is not None:
+            options = {"num_classes": classes, **options}
+        return called(spec, factory, options)
+    if unsafe := [key for key, value in options.items() if not isinstance(value, int | float)]:
+        raise InputError(f"{spec}: the option {unsafe[0]} must be a number, or true or false.")
+    if classes is not None:
+        options = {"num_classes": classes, **options}
+    if library == "timm":
+        timm = timm_with(name)
+        options = {"in_chans": channels, **options}
+        if timm.get_pretrained_cfg(name).fixed_input_size:
+            options = {"img_size": size, **options}
+        return called(spec, timm.create_model, {"model_name": name, "pretrained": False} | options)
+    if channels != 3:
+        raise InputError(f"{spec} wants images of 3 channels, not {channels}: set data.mode to RGB.")
+    if name.startswith("vit_"):
+        options = {"image_size": size, **options}
+    if name in ("inception_v3", "googlenet"):  # whose own initialization takes a minute
+        options = {"init_weights": False, **options}
+    return called(spec, torchvision_model(name), {"weights": None} | options)
+
+
+def called(spec: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> nn.Module:
+    """The model that a function makes.
+
+    Raises:
+        InputError: it refuses the options, or gives no `torch.nn.Module`.
+    """
+    try:
+        model = factory(**options)
+    except (TypeError, ValueError, AssertionError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{spec} cannot be made ({reason}): correct its options.") from error
+    if not isinstance(model, nn.Module):
+        raise InputError(f"{spec} gives {type(model).__name__}, no torch.nn.Module: correct it.")
+    return model
+
+
+def factory_of(spec: str) -> Callable[..., Any]:
+    """The function that ``package.module:factory`` names."""
+    place, colon, name = spec.partition(":")
+    if not colon or not all(part.isidentifier() for part in [*place.split("."), name]):
+        raise InputError(
+            f"There is no backbone {spec!r}: set train.backbone to one of {', '.join(NETWORKS)}, "
+            "torchvision:NAME, timm:NAME or package.module:factory."
+        )
+    try:
+        factory = getattr(import_module(place), name)
+    except ImportError as error:
+        raise InputError(f"{spec} cannot be imported ({error}): install or correct it.") from error
+    except AttributeError:
+        raise InputError(f"The module {place} has no {name!r}: correct {spec}.") from None
+    if not callable(factory):
+        raise InputError(f"{spec} is no function: name one that gives the model.")
+    return factory
+
+
+def torchvision_model(name: str) -> Callable[..., nn.Module]:
+    from torchvision import models
+
+    offered = models.list_models(module=models)
+    if name not in offered:
+        near = get_close_matches(name, offered, 1, cutoff=0)[0]
+        raise InputError(f"torchvision has no model {name!r}; did you mean `torchvision:{near}`?")
+    return models.get_model_builder(name)
+
+
+def timm_with(name: str) -> Any:
+    """The library timm, if it is there and has a model of that name, with or without a tag.
+
+    Names that make timm read a configuration from elsewhere are none of a model.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise UnavailableError(
+            f"timm:{name} needs the library timm ({error}): pip install 'opnp[timm]'."
+        ) from None
+    plain, _, tag = name.partition(".")
+    if not timm.is_model(plain):
+        near = get_close_matches(plain, timm.list_models(), 1, cutoff=0)[0]
+        raise InputError(f"timm has no model {plain!r}; did you mean `timm:{near}`?")
+    tags = timm.list_pretrained(f"{plain}.*") if tag else []
+    if tag and name not in tags:
+        raise InputError(f"timm has no weights {tag!r} of {plain}: {offer(plain, tags)}.")
+    return timm
+
+
+def offer(plain: str, tags: Sequence[str]) -> str:
+    return f"take one of {', '.join(tag.removeprefix(f'{plain}.') for tag in tags) or 'none'}"
+
+
+def known_weights(
+    spec: str, file: Path | None, name: str, options: Mapping[str, Any]
+) -> Weights | None:
+    """What a library says of weights of its own, by their name or by what is in a file.
+
+    Of a name, the weights too; of a file only what is known besides, since it has been read.
+    """
+    library, _, model = spec.partition(":")
+    if library == "torchvision":
+        return torchvision_weights(model, file, name)
+    if library == "timm":
+        return timm_weights(model, file, name)
+    if file is None and spec in NETWORKS:
+        raise InputError(
+            f"The backbone {spec!r} is trained here and comes with no weights: name a file."
+        )
+    if file is None and name != DEFAULT:
+        raise InputError(
+            f"The weights {name} of {spec} are no file, and a factory's have no names: name a "
+            ".safetensors, .pt or .pth file, or leave the factory's own."
+        )
+    return None
+
+
+def torchvision_weights(model: str, file: Path | None, name: str) -> Weights | None:
+    """torchvision's weights by name, or, by the hash in the address they have there, by file."""
+    from torchvision import models
+
+    offered = models.get_model_weights(torchvision_model(model))
+    if file is None:
+        if name not in offered.__members__:
+            raise InputError(
+                f"torchvision has no weights {name!r} of {model}: take one of "
+                f"{', '.join(offered.__members__) or 'none'}."
+            )
+        entry = offered[name]
+        try:
+            state = entry.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        except (OSError, RuntimeError) as error:
+            raise UnavailableError(
+                f"The weights {name} of torchvision:{model} could not be had ({error}): download "
+                f"{entry.url} where you can, and name the file."
+            ) from error
+    else:
+        sha256, state = digest(file), {}
+        named = ((re.search(r"-([0-9a-f]{8,})\.", each.url), each) for each in offered)
+        entry = next((each for found, each in named if found and sha256.startswith(found[1])), None)
+        if entry is None:
+            return None
+    # The pretrained networks of these two normalize again, and the others cannot.
+    options = {"transform_input": True} if model in ("inception_v3", "googlenet") else {}
+    return Weights(
+        state, of_torchvision(entry.transforms()), list(entry.meta["categories"]), options
+    )
+
+
+def of_torchvision(transforms: Any) -> Preprocessing:
+    """The preprocessing that torchvision's ``ImageClassification`` does."""
+    return Preprocessing(
+        size=transforms.crop_size[0],
+        mode="RGB",
+        mean=tuple(transforms.mean),
+        std=tuple(transforms.std),
+        resize=transforms.resize_size[0],
+        interpolation=transforms.interpolation.value,
+    )
+
+
+def timm_weights(model: str, file: Path | None, name: str) -> Weights | None:
+    """timm's weights by their tag; of a file, what timm says of the tag in the model's name."""
+    plain, _, tag = model.partition(".")
+    timm = timm_with(model)
+    if file is not None and not tag:
+        return None
+    if file is None and name != DEFAULT:
+        if tag not in ("", name):
+            raise InputError(f"timm:{model} names other weights than {name}: name one of them.")
+        tag = name
+    tagged = f"{plain}.{tag}" if tag else plain
+    timm_with(tagged)
+    state: dict[str, Tensor] = {}
+    if file is None:
+        try:
+            state = timm.create_model(tagged, pretrained=True).state_dict()
+        except Exception as error:  # its hub has exceptions of many libraries
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UnavailableError(
+                f"The weights of timm:{tagged} could not be had ({reason}): download them where "
+                "you can, and name the file."
+            ) from error
+    config = timm.get_pretrained_cfg(tagged)
+    return Weights(state, of_timm(config.to_dict(), tagged), timm_classes(config))
+
+
+def of_timm(config: Mapping[str, Any], name: str) -> Preprocessing:
+    """The preprocessing that timm's evaluation transform does.
+
+    Raises:
+        InputError: it is neither square nor a crop of the centre.
+    """
+    from timm.data import resolve_data_config
+
+    data = resolve_data_config(pretrained_cfg=dict(config))
+    channels, height, width = data["input_size"]
+    if data["crop_mode"] != "center" or height != width:
+        raise InputError(
+            f"timm prepares images for {name} by a {data['crop_mode']} of {height} × {width}, not "
+            "by a crop of the centre: state a preprocessing."
+        )
+    return Preprocessing(
+        size=height,
+        mode="RGB" if channels == 3 else "L",
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        resize=floor(height / data["crop_pct"]),
+        interpolation=data["interpolation"],
+    )
+
+
+def timm_classes(config: Any) -> list[str] | None:
+    """Names of the classes, where timm knows the data set."""
+    from timm.data import ImageNetInfo
+
+    if config.num_classes != 1000:
+        return None
+    info = ImageNetInfo()
+    return [info.index_to_description(index) for index in range(1000)]
+
+
+# Files
+
+
+def file_of(weights: str | Path | None) -> Path | None:
+    """The file that is meant, unless it is the name of a library's weights."""
+    if weights is None:
+        return None
+    path = Path(weights)
+    named = isinstance(weights, Path) or path.suffix in (".safetensors", ".pt", ".pth")
+    return path if named or len(path.parts) > 1 or path.is_file() else None
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a state dict, also one wrapped as ``state_dict`` or ``model`` or named ``module.…``.
+
+    Returns:
+        Tensors by name, and what `save` stated beside them: ``preprocessing``, ``classes`` and
+        ``spec``; nothing for a file of another origin.
+
+    Raises:
+        InputError: the file is missing, damaged or of another format.
     """
     path = Path(path)
     if not path.is_file():
@@ -311,17 +645,39 @@ def load_weights(model: nn.Module, path: Path) -> dict[str, Any]:
         except Exception as error:  # torch.load raises almost anything on a damaged file
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise InputError(f"Checkpoint {path} cannot be read ({reason}): replace it.") from None
+        for wrapper in ("state_dict", "model"):
+            if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+                if any(isinstance(each, Tensor) for each in state.values()):
+                    break
+                state = state[wrapper]
         if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
             raise InputError(f"Checkpoint {path} holds no state dict: save `model.state_dict()`.")
     else:
         raise InputError(f"Checkpoint {path} is neither .safetensors, .pt nor .pth: convert it.")
-    check_state(model, state, path)
-    model.load_state_dict(state)
+    if state and all(name.startswith("module.") for name in state):  # as DataParallel names them
+        state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    return state, metadata
+
+
+def load_weights(model: nn.Module, path: Path) -> dict[str, Any]:
+    """Load a checkpoint (.safetensors; .pt or .pth, never unpickling code) into ``model``.
+
+    Returns:
+        What `save` stated beside the weights; nothing for a file of another origin.
+
+    Raises:
+        InputError: the file is missing, damaged, of another format or for another model.
+    """
+    state, metadata = read_weights(path)
+    load_state(model, state, path)
     return metadata
 
 
-def check_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Refuse weights whose names or shapes are not the model's."""
+def load_state(model: nn.Module, state: dict[str, Tensor], path: Path | str) -> None:
+    """Load weights by name, and refuse those whose names or shapes are not the model's."""
+    # torchvision's oldest files of DenseNets are from when a module's name could have a dot.
+    old = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
+    state = {old.sub(r"\1\2", name): tensor for name, tensor in state.items()}
     expected = model.state_dict()
     for name in [*expected, *(key for key in state if key not in expected)]:
         theirs, ours = (tuple(s[name].shape) if name in s else None for s in (state, expected))
@@ -332,38 +688,41 @@ def check_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
                 f"{'absent' if ours is None else ours} here; set train.backbone, "
                 "width and depth, and the classes, to what it was trained with."
             )
+    model.load_state_dict(state)
 
 
-def save(
-    model: Classifier,
-    path: Path,
-    preprocessing: Preprocessing,
-    classes: list[str],
-    spec: dict[str, object],
-) -> None:
+def save(path: Path, backbone: Backbone) -> None:
     """Write weights and all that is needed to use them as one safetensors file, atomically."""
-    metadata = {"preprocessing": asdict(preprocessing), "classes": classes, "spec": spec}
-    tensors.save(path, model.state_dict(), metadata)
+    metadata = {
+        "preprocessing": backbone.preprocessing.as_json(),
+        "classes": backbone.classes,
+        "spec": backbone.spec,
+    }
+    tensors.save(path, backbone.classifier.state_dict(), metadata)
 
 
-def load(path: Path) -> tuple[Classifier, Preprocessing, list[str]]:
-    """Read what `save` wrote: the classifier in evaluation mode, its preprocessing, its classes.
+def load(path: Path, factory: str | None = None) -> Backbone:
+    """Read what `save` wrote, in evaluation mode.
+
+    A file never chooses the code that runs: if it names a factory, that must be the one its reader
+    names.
+
+    Args:
+        path: the file.
+        factory: the ``package.module:factory`` that may be imported and called.
 
     Raises:
-        InputError: the file is missing or damaged.
+        InputError: the file is missing or damaged, or names a factory that the caller does not.
     """
     again = "run `python -m flows.train` again"
     state, metadata = tensors.load(path, again)
     if set(metadata) != {"preprocessing", "classes", "spec"}:
         raise InputError(f"{path} holds weights, but not what they are of: {again}.")
-    preprocessing = Preprocessing.stated(metadata["preprocessing"])
-    classes: list[str] = metadata["classes"]
-    model = build(
-        channels=preprocessing.channels,
-        classes=len(classes),
-        size=preprocessing.size,
-        **metadata["spec"],
-    )
-    check_state(model, state, path)
-    model.load_state_dict(state)
-    return model.eval().requires_grad_(False), preprocessing, classes
+    name = metadata["spec"]["name"]
+    library = name.partition(":")[0]
+    if name not in NETWORKS and library not in ("torchvision", "timm") and name != factory:
+        raise InputError(
+            f"{path} wants to run the code of {name}: name it yourself (train.backbone), if you "
+            "trust it."
+        )
+    return restored(path, state, metadata, name, None, None, {})

@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 from opnp.errors import InputError, UnavailableError
 
 __all__ = [
+    "INTERPOLATIONS",
     "Example",
     "Unreadable",
     "class_names",
@@ -39,6 +40,10 @@ Array = NDArray[np.uint8]
 LETTERS = "ACEFHJKLMNPRTUVWXYadefhjkmnprtuvwxy"
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono")
 UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # as Pillow raises
+INTERPOLATIONS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+}
 CANVAS = 96  # pixels: letters are drawn large and scaled down, as a scan would be
 
 
@@ -93,13 +98,37 @@ def decode(data: bytes, where: str) -> Image.Image:
     return image
 
 
-def fit(image: Image.Image, size: int, mode: str) -> Image.Image:
-    """Centre-crop to a square, scale to ``size`` × ``size`` and convert to ``mode`` (L or RGB)."""
+def fit(
+    image: Image.Image,
+    size: int,
+    mode: str,
+    resize: int | None = None,
+    interpolation: str = "bilinear",
+) -> Image.Image:
+    """Scale and crop to ``size`` × ``size``, and convert to ``mode`` (L or RGB).
+
+    Args:
+        image: of any size and mode.
+        size: side in pixels.
+        mode: L or RGB.
+        resize: the shorter side is scaled to so many pixels, then the centre is cropped, as
+            torchvision's and timm's evaluation transforms do; without it the largest square in the
+            centre is cropped, then scaled.
+        interpolation: a key of `INTERPOLATIONS`.
+    """
+    image, filter = image.convert(mode), INTERPOLATIONS[interpolation]
     width, height = image.size
+    if resize is not None:
+        shorter = min(width, height)
+        if shorter != resize:
+            width, height = (resize * side // shorter for side in (width, height))
+            image = image.resize((width, height), filter)
+        left, top = round((width - size) / 2), round((height - size) / 2)
+        return image.crop((left, top, left + size, top + size))
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
-    square = image.convert(mode).crop((left, top, left + side, top + side))
-    return square if side == size else square.resize((size, size), Image.Resampling.BILINEAR)
+    square = image.crop((left, top, left + side, top + side))
+    return square if side == size else square.resize((size, size), filter)
 
 
 def open_id(
