@@ -34,6 +34,7 @@ __all__ = [
     "Preprocessing",
     "build",
     "from_spec",
+    "is_factory",
     "load",
     "load_weights",
     "save",
@@ -320,7 +321,9 @@ def from_spec(
             "the preprocessing they were trained with."
         )
     shape = (preprocessing.channels, preprocessing.size)
-    names = names or (known.classes if known and count in (None, len(known.classes or ())) else None)
+    names = names or (
+        known.classes if known and count in (None, len(known.classes or ())) else None
+    )
     count = count or (len(names) if names else None)
     where = str(file or f"{spec} {weights or ''}".strip())
     if spec in NETWORKS:
@@ -404,7 +407,9 @@ def architecture(
             options = {"img_size": size, **options}
         return called(spec, timm.create_model, {"model_name": name, "pretrained": False} | options)
     if channels != 3:
-        raise InputError(f"{spec} wants images of 3 channels, not {channels}: set data.mode to RGB.")
+        raise InputError(
+            f"{spec} wants images of 3 channels, not {channels}: set data.mode to RGB."
+        )
     if name.startswith("vit_"):
         options = {"image_size": size, **options}
     if name in ("inception_v3", "googlenet"):  # whose own initialization takes a minute
@@ -426,6 +431,11 @@ def called(spec: str, factory: Callable[..., Any], options: Mapping[str, Any]) -
     if not isinstance(model, nn.Module):
         raise InputError(f"{spec} gives {type(model).__name__}, no torch.nn.Module: correct it.")
     return model
+
+
+def is_factory(spec: str) -> bool:
+    """Whether a spec names code of the user's."""
+    return spec not in NETWORKS and spec.partition(":")[0] not in ("torchvision", "timm")
 
 
 def factory_of(spec: str) -> Callable[..., Any]:
@@ -719,8 +729,7 @@ def load(path: Path, factory: str | None = None) -> Backbone:
     if set(metadata) != {"preprocessing", "classes", "spec"}:
         raise InputError(f"{path} holds weights, but not what they are of: {again}.")
     name = metadata["spec"]["name"]
-    library = name.partition(":")[0]
-    if name not in NETWORKS and library not in ("torchvision", "timm") and name != factory:
+    if is_factory(name) and name != factory:
         raise InputError(
             f"{path} wants to run the code of {name}: name it yourself (train.backbone), if you "
             "trust it."

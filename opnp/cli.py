@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from opnp.errors import InputError
-from opnp.files import read_json, write_json
+from opnp.files import write_json
 
 if TYPE_CHECKING:
-    from opnp.backbones import Preprocessing
+    from opnp.saved import SavedDetector
     from opnp.tracking import DetectorRun
 
 __all__ = ["app", "main"]
@@ -78,7 +78,7 @@ def compare(
 
 Detector = Annotated[Path, typer.Option(help="A detector's folder, made by `opnp fit`.")]
 Trust = Annotated[
-    bool, typer.Option("--trust", help="Import the module that a spec module:factory names.")
+    str | None, typer.Option(help="The module:factory that may run, if the model is one.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; else the GPU if there is one.")]
 BatchSize = Annotated[int, typer.Option(help="Images that go through the model at once.", min=1)]
@@ -103,7 +103,6 @@ def fit(
     classes: Annotated[
         Path | None, typer.Option(help="Names of the classes, one a line, in the logits' order.")
     ] = None,
-    trust: Trust = False,
     accept: Annotated[float, typer.Option(help="% of ID images the threshold accepts.")] = 95.0,
     clip: Annotated[str, typer.Option(help="Percentiles to clip features at.")] = "none,80,90",
     temperature: Annotated[str, typer.Option(help="Temperatures of the energy.")] = "1,2",
@@ -137,6 +136,7 @@ def fit(
     --id-val val --out detector
     """
     from opnp import backbones, fitting, images, saved
+    from opnp.backbones import Preprocessing
     from opnp.search import Grid
 
     saved.check_place(out, overwrite)
@@ -169,12 +169,12 @@ def fit(
             batch_size=batch_size,
         )
         train, validation = images.find(id_train), images.find(id_val)
+        find_own_code()
         backbone = backbones.from_spec(
             model,
             weights=weights,
-            preprocessing=read_preprocessing(preprocessing),
+            preprocessing=Preprocessing.stated(preprocessing) if preprocessing else None,
             classes=read_classes(classes),
-            trusted=trust,
         )
         features = out.with_name(f".{out.name}.features")
         made = fitting.fit(backbone, train, validation, features, settings, device_named(device))
@@ -189,7 +189,7 @@ def score(
     paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
     detector: Detector,
     out: Annotated[Path, typer.Option(help="The table to write, .parquet.")],
-    trust: Trust = False,
+    trust: Trust = None,
     device: Device = None,
     batch_size: BatchSize = 64,
     as_json: AsJson = False,
@@ -202,12 +202,10 @@ def score(
     """
     if out.suffix != ".parquet":
         raise InputError(f"{out} is no .parquet file: name one with --out.")
-    from opnp import images, saved, scoring
+    from opnp import images, scoring
 
     found = images.find(*paths)
-    summary = scoring.score(
-        saved.load(detector, device_named(device), trust), found, out, batch_size
-    )
+    summary = scoring.score(loaded(detector, trust, device), found, out, batch_size)
     record = asdict(summary) | {"flagged": summary.flagged, "out": str(out)}
     told(record, as_json, lambda of: f"{of['images']} images, {of['flagged']:.1f} % OOD: {out}")
     unreadable(summary.unreadable)
@@ -221,7 +219,7 @@ def evaluate(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here.")
     ] = None,
-    trust: Trust = False,
+    trust: Trust = None,
     device: Device = None,
     batch_size: BatchSize = 64,
 ) -> None:
@@ -232,16 +230,14 @@ def evaluate(
     Example: opnp evaluate --detector detector --id test --ood sketches=sketches --ood noise=noise
     --json evaluation.json
     """
-    from opnp import images, saved, scoring
+    from opnp import images, scoring
 
     places = {name: path for name, _, path in (entry.partition("=") for entry in ood)}
     if len(places) < len(ood) or not all(places) or not all(places.values()):
         raise InputError("Every --ood is NAME=PATH, and every NAME another.")
     sets = {name: images.find(path) for name, path in places.items()}
     inside = images.find(id_images)
-    found = scoring.evaluate(
-        saved.load(detector, device_named(device), trust), inside, sets, batch_size
-    )
+    found = scoring.evaluate(loaded(detector, trust, device), inside, sets, batch_size)
     if json_file:
         write_json(json_file, found)
     show_evaluation(found)
@@ -251,16 +247,14 @@ def evaluate(
 @app.command()
 def show(
     detector: Annotated[Path, typer.Argument(help="A detector's folder.")],
-    trust: Trust = False,
+    trust: Trust = None,
     as_json: AsJson = False,
 ) -> None:
     """Say what a detector is and how it was made; the folder is verified first.
 
     Example: opnp show detector
     """
-    from opnp import saved
-
-    told(saved.load(detector, trust=trust).describe(), as_json, describe)
+    told(loaded(detector, trust, "cpu").describe(), as_json, describe)
 
 
 @app.command()
@@ -268,7 +262,7 @@ def export(
     detector: Detector,
     out: Annotated[Path, typer.Option(help="The file to write.")],
     format: Annotated[str, typer.Option(help="torch (.pt2) or onnx.")] = "torch",
-    trust: Trust = False,
+    trust: Trust = None,
 ) -> None:
     """Write a detector as one program from images to logits and scores, compared with it.
 
@@ -277,9 +271,8 @@ def export(
     Example: opnp export --detector detector --format onnx --out detector.onnx
     """
     from opnp import export as exporting
-    from opnp import saved
 
-    exporting.export(saved.load(detector, trust=trust), out, format)
+    exporting.export(loaded(detector, trust, "cpu"), out, format)
     print(f"{out}: images (N, C, H, W) → logits, score")
 
 
@@ -298,24 +291,6 @@ def numbers(option: str, text: str) -> list[float]:
         raise InputError(f"--{option} takes numbers with commas between, not {text!r}.") from None
 
 
-def read_preprocessing(path: Path | None) -> "Preprocessing | None":
-    """What `--preprocessing` states.
-
-    Raises:
-        InputError: the file is missing, no JSON, or lacks something.
-    """
-    from opnp.backbones import Preprocessing
-
-    if path is None:
-        return None
-    try:
-        return Preprocessing.stated(read_json(path, "opnp show --json DETECTOR"))
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"{path} states no preprocessing ({error}): give size, mode, mean and std."
-        ) from None
-
-
 def read_classes(path: Path | None) -> list[str] | None:
     """What `--classes` names, one a line."""
     if path is None:
@@ -324,6 +299,19 @@ def read_classes(path: Path | None) -> list[str] | None:
         return path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}): correct --classes.") from None
+
+
+def find_own_code() -> None:
+    """Let modules be imported from here, as `python -m` does, when a user names code to run."""
+    sys.path.insert(0, str(Path.cwd()))
+
+
+def loaded(folder: Path, trust: str | None, device: str | None) -> "SavedDetector":
+    from opnp import saved
+
+    if trust is not None:
+        find_own_code()
+    return saved.load(folder, device_named(device), trust)
 
 
 def device_named(name: str | None) -> str:
@@ -357,7 +345,7 @@ def describe(of: dict[str, Any]) -> str:
     found, size = made["search"], of["preprocessing"]["size"]
     clip = "" if score["clip"] is None else f", features clipped at {score['clip']:.4g}"
     lines = {
-        "model": f"{of['model']}, {of['features']} features, {len(of['classes'])} classes",
+        "model": f"{of['model']['name']}, {of['features']} features, {len(of['classes'])} classes",
         "images": f"{size} × {size}, {of['preprocessing']['mode']}",
         "score": f"{score['name']}, T = {score['temperature']:g}{clip}; larger means OOD",
         "threshold": f"{threshold['value']:.4g} ({threshold['low']:.4g} to {threshold['high']:.4g})"

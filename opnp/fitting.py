@@ -8,7 +8,7 @@ a fit that was killed goes on from them, and only those of validation are ever i
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -113,7 +113,7 @@ class Shards:
             sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         self.origin = {
             "model": sha.hexdigest(),
-            "preprocessing": asdict(backbone.preprocessing),
+            "preprocessing": backbone.preprocessing.as_json(),
             "device": device.type,
             "torch": torch.__version__,
         }

@@ -34,7 +34,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from opnp import backbones, tensors
-from opnp.backbones import Backbone, Preprocessing
+from opnp.backbones import Backbone, Preprocessing, is_factory
 from opnp.datasets import unit
 from opnp.energy import check_head, energy_score
 from opnp.errors import InputError
@@ -303,7 +303,7 @@ class SavedDetector:
             "model": self.backbone.spec,
             "classes": list(self.backbone.classes),
             "features": weight.shape[1],
-            "preprocessing": asdict(self.backbone.preprocessing),
+            "preprocessing": self.backbone.preprocessing.as_json(),
             "score": {
                 "name": "energy of the pruned head",
                 "larger_means": "OOD",
@@ -331,7 +331,7 @@ class SavedDetector:
         sensitivity = {name: getattr(self.sensitivity, name) for name in SENSITIVITIES}
         head = self.scorer.head
         with atomic_folder(folder) as temporary:
-            tensors.save(temporary / MODEL, self.backbone.classifier.state_dict(), {})
+            backbones.save(temporary / MODEL, self.backbone)
             tensors.save(temporary / HEAD, {"weight": head.weight, "bias": head.bias}, {})
             self.mask.save(temporary / MASK)
             tensors.save(temporary / SENSITIVITY, sensitivity, {"count": self.sensitivity.count})
@@ -389,17 +389,20 @@ def provenance() -> dict[str, Any]:
 
 
 def load(
-    folder: Path | str, device: torch.device | str = "cpu", trust: bool = False
+    folder: Path | str, device: torch.device | str = "cpu", trust: str | None = None
 ) -> SavedDetector:
     """Read the detector that a folder holds, after a look at whether it is whole.
+
+    A folder never chooses the code that runs: if its model is a factory of the user's, that must be
+    the one its reader names.
 
     Args:
         folder: made by `opnp fit`, or by `SavedDetector.save`.
         device: where it is to run.
-        trust: import the module that the model's spec names, if it is one of ``module:factory``.
+        trust: the ``package.module:factory`` that may be imported and called.
 
     Raises:
-        InputError: the folder is missing, damaged or foreign, or runs code that is not trusted.
+        InputError: the folder is missing, damaged or foreign, or its model's code is not trusted.
     """
     folder = Path(folder)
     if not (folder / ABOUT).is_file():
@@ -411,38 +414,44 @@ def load(
             "version's `opnp fit`."
         )
     check_whole(folder, about)
+    again = "make it again"
     try:
-        preprocessing = Preprocessing.stated(about["preprocessing"])
-        threshold = Threshold(**about["threshold"])
-        score = about["score"]
+        name, score = about["model"]["name"], about["score"]
+        if is_factory(name) and name != trust:
+            raise InputError(
+                f"{folder} wants to run the code of {name}: name it yourself (--trust {name}, or "
+                f"trust={name!r}), if you trust it."
+            )
+        backbone = backbones.load(folder / MODEL, trust)
         candidate = Candidate.stated({**about["mask"], **score, "threshold": score["clip"]})
-        spec, classes, made = about["model"], about["classes"], about["made"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{folder / ABOUT} lacks something ({error}): make it again.") from None
-    backbone = backbones.from_spec(
-        spec, preprocessing=preprocessing, classes=classes, trusted=trust
-    )
-    again = f"{folder} is not what it says: make it again"
-    state, _ = tensors.load(folder / MODEL, again)
-    try:
-        backbone.classifier.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise InputError(f"{folder / MODEL} is not of the model {spec} ({reason}).") from None
-    sums, stated = tensors.load(folder / SENSITIVITY, again)
-    try:
-        parts = [sums[name] for name in SENSITIVITIES]
-        sensitivity = Sensitivity(*parts, stated["count"], candidate.temperature, candidate.clip)
-    except KeyError as error:
-        raise InputError(f"{folder / SENSITIVITY} lacks {error}: {again}.") from None
-    mask = PruningMask.load(folder / MASK)
-    detector = SavedDetector(
-        backbone, mask, candidate, sensitivity, threshold, made, about["digest"]
-    )
-    head, _ = tensors.load(folder / HEAD, again)
+        sums, stated = tensors.load(folder / SENSITIVITY, again)
+        detector = SavedDetector(
+            backbone,
+            PruningMask.load(folder / MASK),
+            candidate,
+            Sensitivity(
+                weights=sums["weights"],
+                neurons_mean=sums["neurons_mean"],
+                neurons_gradient=sums["neurons_gradient"],
+                neurons_taylor=sums["neurons_taylor"],
+                count=stated["count"],
+                temperature=candidate.temperature,
+                clip=candidate.clip,
+            ),
+            Threshold(**about["threshold"]),
+            about["made"],
+            about["digest"],
+        )
+        head, _ = tensors.load(folder / HEAD, again)
+        weight, bias = head["weight"], head["bias"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder} lacks something ({error}): {again}.") from None
     pruned = detector.scorer.head
-    if not (torch.equal(head["weight"], pruned.weight) and torch.equal(head["bias"], pruned.bias)):
-        raise InputError(f"{folder / HEAD} is not the head of its model, pruned: make it again.")
+    if not (torch.equal(weight, pruned.weight) and torch.equal(bias, pruned.bias)):
+        raise InputError(f"{folder / HEAD} is not its model's head, pruned: {again}.")
+    described = detector.describe()
+    if digest_of(described) != digest_of({key: about.get(key) for key in described}):
+        raise InputError(f"{folder / ABOUT} is not what its files say: {again}.")
     return detector.to(device)
 
 

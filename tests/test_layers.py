@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "files", "energy", "progress", "artifacts", "devices", "storage"),
     ("tensors", "sensitivity", "masks", "metrics", "tables"),
-    ("search", "sources"),
+    ("search", "sources", "heads", "networks"),
     ("datasets", "proxies", "backbones", "training", "features", "nero"),
     ("images", "baselines"),
     ("saved", "detector"),
