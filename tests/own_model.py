@@ -1,18 +1,20 @@
 """A user's trained classifier and folders of images, as the tests of detectors want them."""
 
-import importlib
 import json
-import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from opnp import sources
+from opnp import fitting, images, sources
+from opnp.backbones import Backbone, Preprocessing, from_spec
+from opnp.fitting import Settings
+from opnp.search import Grid
 
-__all__ = ["CLASSES", "SPEC", "make"]
+__all__ = ["CLASSES", "QUICK", "SPEC", "backbone", "fitted", "make"]
 
 SPEC = "network:Network"
 CLASSES = ["zero", "one", "two", "three", "four", "five", "six"]
@@ -62,21 +64,42 @@ def make(folder: Path) -> Path:
             learnt.append(np.asarray(image))
             labels.append(digit)
     pixels = torch.from_numpy(np.stack(learnt))[:, None].float() / 255
-    images, targets = (pixels - 0.3) / 0.4, torch.tensor(labels)
-    sys.path.insert(0, str(folder))
-    try:
-        sys.modules.pop("network", None)
-        module = importlib.import_module("network")
-    finally:
-        sys.path.remove(str(folder))
+    x, y = (pixels - 0.3) / 0.4, torch.tensor(labels)
+    names: dict[str, Any] = {}
+    exec(NETWORK, names)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = module.Network()
+        model = names["Network"]()
         optimizer = torch.optim.Adam(model.parameters(), 3e-3)
         for _ in range(12):
-            for rows in torch.randperm(len(images)).split(64):
+            for rows in torch.randperm(len(x)).split(64):
                 optimizer.zero_grad()
-                F.cross_entropy(model(images[rows]), targets[rows]).backward()
+                F.cross_entropy(model(x[rows]), y[rows]).backward()
                 optimizer.step()
     torch.save(model.state_dict(), folder / "weights.pt")
     return folder
+
+
+def backbone(folder: Path) -> Backbone:
+    """The model that `make` wrote; its folder must be one that modules are imported from."""
+    preprocessing = Preprocessing.stated(folder / "preprocessing.json")
+    return from_spec(SPEC, folder / "weights.pt", preprocessing, CLASSES)
+
+
+QUICK = Settings(
+    Grid((0, 30), (0, 2), (0, 10), (0, 5), ("mean",)),
+    clips=(None, 90),
+    temperatures=(1.0,),
+    proxies=("permutation", "mixup", "inversion", "uniform"),
+)
+"""A search of few masks."""
+
+
+def fitted(folder: Path, out: Path, settings: Settings = QUICK) -> Path:
+    """Fit a detector to the model, and save it."""
+    train, validation = (images.find(folder / "images" / part) for part in ("train", "validation"))
+    detector = fitting.fit(
+        backbone(folder), train, validation, out.with_suffix(".features"), settings
+    )
+    detector.save(out)
+    return out
