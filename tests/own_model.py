@@ -87,10 +87,9 @@ def backbone(folder: Path) -> Backbone:
 
 
 QUICK = Settings(
-    Grid((0, 30), (0, 2), (0, 10), (0, 5), ("mean",)),
+    Grid((0, 30), (0, 0.2, 2), (0, 30), (0, 5), ("gradient",)),
     clips=(None, 90),
     temperatures=(1.0,),
-    proxies=("permutation", "mixup", "inversion", "uniform"),
 )
 """A search of few masks."""
 

@@ -82,11 +82,11 @@ def test_threshold_of_known_scores(accept: float, value: float) -> None:
 
 
 def test_the_interval_of_the_threshold_covers_the_truth() -> None:
-    """Of the 95 % quantile of a normal distribution, in 95 % of the samples, about."""
+    """The 95 % quantile of a normal distribution: of order statistics 183 to 195 of 200, 92.6 %."""
     drawn = torch.Generator().manual_seed(0)
-    found = [Threshold.of(torch.randn(200, generator=drawn), resamples=200) for _ in range(200)]
+    found = [Threshold.of(torch.randn(200, generator=drawn), seed=seed) for seed in range(200)]
     covered = np.mean([each.low <= 1.6449 <= each.high for each in found])
-    assert 0.88 < covered < 0.99
+    assert 0.87 < covered < 0.98
 
 
 def test_it_holds_tensors_and_json_only(detector_folder: Path, detector: SavedDetector) -> None:
