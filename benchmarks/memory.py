@@ -27,7 +27,7 @@ import torch
 from benchmarks import timing
 from opnp import artifacts, backbones, parameters, stages
 from opnp import features as shards
-from opnp.backbones import Preprocessing
+from opnp.backbones import Backbone, Preprocessing
 from opnp.datasets import ImageSet, Manifest, data_file
 from opnp.files import write_json
 from opnp.parameters import Parameters
@@ -52,7 +52,7 @@ def write(settings: Parameters, samples: int, classes: int, width: int, shard_si
     spec: dict[str, Any] = {"name": "vit", "width": width // 4, "depth": 0}
     model = backbones.build(channels=1, classes=classes, size=8, **spec)
     preprocessing = Preprocessing(8, "L", (0.5,), (0.5,))
-    backbones.save(model, artifacts.BACKBONE, preprocessing, names, spec)
+    backbones.save(artifacts.BACKBONE, Backbone(model, preprocessing, names, spec))
     train = ImageSet("train", "synthetic", samples, {}, "0" * 64)
     data_file("train").parent.mkdir()
     data_file("train").touch()  # only the features are read

@@ -51,7 +51,8 @@ def workspace(settings: Parameters, width: int) -> None:
     )
     pixels, _ = datasets.read(data_file("train"), data.mode, data.image_size)
     measured = backbones.Preprocessing.measured(pixels)
-    backbones.save(model, artifacts.BACKBONE, measured, manifest.classes, spec)
+    backbone = backbones.Backbone(model, measured, manifest.classes, spec)
+    backbones.save(artifacts.BACKBONE, backbone)
 
 
 def remove_features() -> None:

@@ -9,12 +9,12 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from importlib import import_module
 from math import floor
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
@@ -129,7 +129,7 @@ class Preprocessing:
                 values = json.loads(values.read_text())
             except (OSError, ValueError) as error:
                 raise InputError(f"{where} cannot be read ({error}): state it there.") from None
-        names = {field.name for field in fields(cls)}
+        names = {each.name for each in fields(cls)}
         needed = {"size", "mode", "mean", "std"}
         if not isinstance(values, Mapping) or not needed <= set(values) <= names:
             raise InputError(
@@ -141,8 +141,8 @@ class Preprocessing:
 
     def as_json(self) -> dict[str, Any]:
         """By name, without what is as it is by default."""
-        named = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
-        return {name: value for name, (value, default) in named.items() if value != default}
+        values = ((each.name, getattr(self, each.name), each.default) for each in fields(self))
+        return {name: value for name, value, default in values if value != default}
 
     @property
     def channels(self) -> int:
@@ -216,16 +216,16 @@ class Weights:
     """Trained weights, and what is known of them.
 
     Attributes:
-        state: tensors by the names that the model has for them.
+        state: tensors by the names that the model has for them; none if a file has them.
         preprocessing: of the images they were trained for.
         classes: their names.
         options: what the model must be built with.
     """
 
-    state: dict[str, Tensor]
+    state: dict[str, Tensor] = field(default_factory=dict)
     preprocessing: Preprocessing | None = None
     classes: list[str] | None = None
-    options: dict[str, Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def build(
@@ -258,7 +258,8 @@ def build(
             f"A classifier needs at least 2 classes, not {classes}: hold out fewer (data.held_out)."
         )
     if name not in NETWORKS:
-        return divided(architecture(name, channels, classes, size, options), channels, size)
+        model = architecture(name, channels, size, classes, options)
+        return divided(model, name, channels, size, classes)
     if name != "resnet" and size < 8:
         raise InputError(
             f"The backbone {name!r} needs images of at least 8 pixels, not {size}: set "
@@ -268,9 +269,18 @@ def build(
     return Classifier(encoder, nn.Linear(4 * width, classes))
 
 
-def divided(model: nn.Module, channels: int, size: int) -> Classifier:
-    """A model as encoder and head; see `opnp.heads`."""
-    return Classifier(*heads.split(model, probe(channels, size)))
+def divided(
+    model: nn.Module, spec: str, channels: int, size: int, classes: int | None
+) -> Classifier:
+    """A model as encoder and head; see `opnp.heads`.
+
+    Raises:
+        InputError: it has no linear head, or another number of classes.
+    """
+    encoder, head = heads.split(model, probe(channels, size))
+    if classes not in (None, head.out_features):
+        raise InputError(f"{spec} has {head.out_features} classes, not {classes}: take those.")
+    return Classifier(encoder, head)
 
 
 def probe(channels: int, size: int) -> Tensor:
@@ -304,47 +314,40 @@ def from_spec(
         UnavailableError: the weights cannot be downloaded now, or the library is not installed.
     """
     file = file_of(weights)
-    names = [str(name) for name in classes] if isinstance(classes, Sequence) else None
-    count = len(names) if names is not None else classes if isinstance(classes, int) else None
+    state: dict[str, Tensor] = {}
     if file is not None:
         state, stated = read_weights(file)
         if stated:
-            return restored(file, state, stated, spec, preprocessing, names, options)
-    known = known_weights(spec, file, str(weights or DEFAULT), options)
-    if file is not None:
-        known = replace(known, state=state) if known else Weights(state)
-    options = (known.options or {} if known else {}) | options
-    preprocessing = preprocessing or (known.preprocessing if known else None)
+            return restored(file, state, stated, spec, preprocessing, classes, options)
+    published = weights_of(spec, file, DEFAULT if weights is None else str(weights))
+    state, options = state or published.state, published.options | options
+    preprocessing = preprocessing or published.preprocessing
+    where = str(file or f"of {spec}")
     if preprocessing is None:
         raise InputError(
-            f"What {f'the weights {file}' if file else spec} want of images is not known: state "
-            "the preprocessing they were trained with."
+            f"What the weights {where} want of images is not known: state the preprocessing they "
+            "were trained with."
         )
+    names = None if isinstance(classes, int) else classes and list(classes)
+    if published.classes and classes in (None, len(published.classes)):
+        names = published.classes
+    count = len(names) if names else cast(int | None, classes)
     shape = (preprocessing.channels, preprocessing.size)
-    names = names or (
-        known.classes if known and count in (None, len(known.classes or ())) else None
-    )
-    count = count or (len(names) if names else None)
-    where = str(file or f"{spec} {weights or ''}".strip())
     if spec in NETWORKS:
-        assert known is not None
-        count = count or len(known.state.get("head.bias", ()))
+        count = count or len(state.get("head.weight", ()))
         classifier = build(spec, shape[0], count, size=shape[1], **options)
-        load_state(classifier, known.state, where)
+        load_state(classifier, state, where)
     else:
-        model = architecture(spec, shape[0], count, shape[1], options)
-        if known is not None:
-            if count is None:
-                head = heads.find(model, probe(*shape))
-                found = len(known.state.get(f"{head}.weight", ()))
-                if found not in (0, len(model.get_submodule(head).weight)):  # type: ignore[arg-type]
-                    model = architecture(spec, shape[0], found, shape[1], options)
-            load_state(model, known.state, where)
-        classifier = divided(model, *shape)
-    outputs = classifier.head.out_features
-    if count not in (None, outputs):
-        raise InputError(f"{where} has {outputs} classes, not {count}: state those it has.")
-    names = names or [str(index) for index in range(outputs)]
+        model = architecture(spec, *shape, count, options)
+        if state and count is None:  # as many as the file has
+            head = heads.find(model, probe(*shape))
+            model = architecture(
+                spec, *shape, len(state.get(f"{head}.weight", ())) or None, options
+            )
+        if state:
+            load_state(model, state, where)
+        classifier = divided(model, spec, *shape, count)
+    names = names or [str(index) for index in range(classifier.head.out_features)]
     return Backbone(finished(classifier), preprocessing, names, {"name": spec, **options})
 
 
@@ -354,7 +357,7 @@ def restored(
     stated: dict[str, Any],
     spec: str,
     preprocessing: Preprocessing | None,
-    classes: list[str] | None,
+    classes: int | Sequence[str] | None,
     options: dict[str, Any],
 ) -> Backbone:
     """The backbone that `save` wrote, if it is what the caller says.
@@ -363,19 +366,19 @@ def restored(
         InputError: it is another, or has other classes or another preprocessing.
     """
     own = Preprocessing.stated(stated["preprocessing"])
+    names: list[str] = stated["classes"]
     wanted: dict[str, Any] = {"name": spec, **options}
     for what, theirs, ours in (
         ("backbone", {key: stated["spec"].get(key) for key in wanted}, wanted),
         ("preprocessing", own, preprocessing),
-        ("classes", stated["classes"], classes),
+        ("number of classes", len(names), classes if isinstance(classes, int) else None),
+        ("classes", names, classes and list(classes) if not isinstance(classes, int) else None),
     ):
         if ours not in (None, theirs):
             raise InputError(f"{path} is of the {what} {theirs}, not {ours}: state what it is of.")
-    model = build(
-        channels=own.channels, classes=len(stated["classes"]), size=own.size, **stated["spec"]
-    )
+    model = build(channels=own.channels, classes=len(names), size=own.size, **stated["spec"])
     load_state(model, state, path)
-    return Backbone(finished(model), own, stated["classes"], stated["spec"])
+    return Backbone(finished(model), own, names, stated["spec"])
 
 
 def finished(model: Classifier) -> Classifier:
@@ -387,7 +390,7 @@ def finished(model: Classifier) -> Classifier:
 
 
 def architecture(
-    spec: str, channels: int, classes: int | None, size: int, options: Mapping[str, Any]
+    spec: str, channels: int, size: int, classes: int | None, options: Mapping[str, Any]
 ) -> nn.Module:
     """A model of a library, untrained, or of a factory, with its own number of classes if none."""
     library, _, name = spec.partition(":")
@@ -407,9 +410,7 @@ def architecture(
             options = {"img_size": size, **options}
         return called(spec, timm.create_model, {"model_name": name, "pretrained": False} | options)
     if channels != 3:
-        raise InputError(
-            f"{spec} wants images of 3 channels, not {channels}: set data.mode to RGB."
-        )
+        raise InputError(f"{spec} wants images of 3 channels, not {channels}: take the mode RGB.")
     if name.startswith("vit_"):
         options = {"image_size": size, **options}
     if name in ("inception_v3", "googlenet"):  # whose own initialization takes a minute
@@ -433,11 +434,6 @@ def called(spec: str, factory: Callable[..., Any], options: Mapping[str, Any]) -
     return model
 
 
-def is_factory(spec: str) -> bool:
-    """Whether a spec names code of the user's."""
-    return spec not in NETWORKS and spec.partition(":")[0] not in ("torchvision", "timm")
-
-
 def factory_of(spec: str) -> Callable[..., Any]:
     """The function that ``package.module:factory`` names."""
     place, colon, name = spec.partition(":")
@@ -455,6 +451,11 @@ def factory_of(spec: str) -> Callable[..., Any]:
     if not callable(factory):
         raise InputError(f"{spec} is no function: name one that gives the model.")
     return factory
+
+
+def is_factory(spec: str) -> bool:
+    """Whether a spec names code of the user's."""
+    return spec not in NETWORKS and spec.partition(":")[0] not in ("torchvision", "timm")
 
 
 def torchvision_model(name: str) -> Callable[..., nn.Module]:
@@ -492,13 +493,8 @@ def offer(plain: str, tags: Sequence[str]) -> str:
     return f"take one of {', '.join(tag.removeprefix(f'{plain}.') for tag in tags) or 'none'}"
 
 
-def known_weights(
-    spec: str, file: Path | None, name: str, options: Mapping[str, Any]
-) -> Weights | None:
-    """What a library says of weights of its own, by their name or by what is in a file.
-
-    Of a name, the weights too; of a file only what is known besides, since it has been read.
-    """
+def weights_of(spec: str, file: Path | None, name: str) -> Weights:
+    """A library's own weights of that name; or what it says of those in a file."""
     library, _, model = spec.partition(":")
     if library == "torchvision":
         return torchvision_weights(model, file, name)
@@ -510,13 +506,13 @@ def known_weights(
         )
     if file is None and name != DEFAULT:
         raise InputError(
-            f"The weights {name} of {spec} are no file, and a factory's have no names: name a "
-            ".safetensors, .pt or .pth file, or leave the factory's own."
+            f"The weights {name!r} of {spec} are no file, and a factory's have no names: name a "
+            ".safetensors, .pt or .pth file, or leave the factory its own."
         )
-    return None
+    return Weights()
 
 
-def torchvision_weights(model: str, file: Path | None, name: str) -> Weights | None:
+def torchvision_weights(model: str, file: Path | None, name: str) -> Weights:
     """torchvision's weights by name, or, by the hash in the address they have there, by file."""
     from torchvision import models
 
@@ -540,7 +536,7 @@ def torchvision_weights(model: str, file: Path | None, name: str) -> Weights | N
         named = ((re.search(r"-([0-9a-f]{8,})\.", each.url), each) for each in offered)
         entry = next((each for found, each in named if found and sha256.startswith(found[1])), None)
         if entry is None:
-            return None
+            return Weights()
     # The pretrained networks of these two normalize again, and the others cannot.
     options = {"transform_input": True} if model in ("inception_v3", "googlenet") else {}
     return Weights(
@@ -560,12 +556,12 @@ def of_torchvision(transforms: Any) -> Preprocessing:
     )
 
 
-def timm_weights(model: str, file: Path | None, name: str) -> Weights | None:
+def timm_weights(model: str, file: Path | None, name: str) -> Weights:
     """timm's weights by their tag; of a file, what timm says of the tag in the model's name."""
     plain, _, tag = model.partition(".")
     timm = timm_with(model)
     if file is not None and not tag:
-        return None
+        return Weights()
     if file is None and name != DEFAULT:
         if tag not in ("", name):
             raise InputError(f"timm:{model} names other weights than {name}: name one of them.")

@@ -51,11 +51,12 @@ from pytorch_ood.detector import (
 from torch import Tensor, nn
 from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # missing in its stub
 
-from opnp.backbones import Classifier, Pool
+from opnp.backbones import Classifier
 from opnp.energy import bias_of
 from opnp.errors import InputError, UnavailableError
 from opnp.masks import PruningMask
 from opnp.nero import NERO
+from opnp.networks import Pool
 
 __all__ = [
     "DETECTORS",

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from opnp.artifacts import DATA, MANIFEST
@@ -124,6 +125,8 @@ def write(
     mode: str,
     classes: list[str],
     limit: int | None = None,
+    resize: int | None = None,
+    interpolation: str = "bilinear",
 ) -> ImageSet:
     """Write images as PNG into a Parquet file, each of them ``size`` × ``size`` in ``mode``.
 
@@ -136,6 +139,8 @@ def write(
         mode: L or RGB.
         classes: names of the classes, recorded in the schema; none for OOD sets.
         limit: take only the first so many.
+        resize: see `opnp.sources.fit`.
+        interpolation: see `opnp.sources.fit`.
 
     Raises:
         InputError: there are no images.
@@ -159,7 +164,10 @@ def write(
         ) as writer:
             while group := list(islice(remaining, ROW_GROUP)):
                 images = [
-                    {"bytes": png(image, size, mode), "path": f"{count + row:08d}.png"}
+                    {
+                        "bytes": png(fit(image, size, mode, resize, interpolation)),
+                        "path": f"{count + row:08d}.png",
+                    }
                     for row, (image, _) in enumerate(group)
                 ]
                 columns = [pa.array(images, IMAGE), pa.array([y for _, y in group], pa.int64())]
@@ -174,10 +182,10 @@ def write(
     return ImageSet(role, source, count, per_class, digest(path))
 
 
-def png(image: Any, size: int, mode: str) -> bytes:
+def png(image: Image.Image) -> bytes:
     buffer = BytesIO()
     # Stored, not deflated: the bytes of a deflated image depend on the zlib that is installed.
-    fit(image, size, mode).save(buffer, "PNG", compress_level=0)
+    image.save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()
 
 

@@ -42,6 +42,8 @@ class Data(Section):
     id: str
     image_size: Positive
     mode: Literal["L", "RGB"] = "L"
+    resize: Positive | None = None
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     held_out: list[Annotated[int, Field(ge=0)]] = []
     validation: Annotated[float, Field(gt=0, lt=100)]
     test: Annotated[float, Field(gt=0, lt=100)] | None = None
@@ -52,6 +54,11 @@ class Data(Section):
 
     @model_validator(mode="after")
     def consistent(self) -> Self:
+        if self.resize is not None and self.resize < self.image_size:
+            raise ValueError(
+                f"resize, {self.resize}, must be at least image_size, {self.image_size}: images "
+                "are scaled to the one, then cropped to the other"
+            )
         if not self.near and not self.far:
             raise ValueError("name at least one OOD set in near or far")
         if twice := set(self.near) & set(self.far):
@@ -68,10 +75,11 @@ class Data(Section):
 class Train(Section):
     """The backbone: trained here, or loaded from ``checkpoint``."""
 
-    backbone: Literal["resnet", "convnext", "vit"] = "resnet"
+    backbone: Annotated[str, Field(pattern=r"^(resnet|convnext|vit|[\w.]+:[\w.]+)$")] = "resnet"
     width: Positive = 32
     depth: Positive = 1
     checkpoint: str | None = None
+    preprocessing: str | None = None
     epochs: Positive = 15
     batch_size: Positive = 64
     optimizer: Literal["sgd", "adamw"] = "sgd"

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace as replaced
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -144,10 +145,9 @@ def test_data_with_other_classes_than_the_backbone(workspace: Path, call: Call) 
 
 def test_features_that_are_not_finite(workspace: Path, call: Call) -> None:
     path = workspace / artifacts.BACKBONE
-    model, preprocessing, classes = backbones.load(path)
-    model.encoder[0].weight[0] = float("inf")  # type: ignore[index]
-    spec: dict[str, object] = {"name": "resnet", "width": 32, "depth": 1}
-    backbones.save(model, path, preprocessing, classes, spec)
+    backbone = backbones.load(path)
+    backbone.classifier.encoder[0].weight[0] = float("inf")  # type: ignore[index]
+    backbones.save(path, backbone)
     message = call(features)
     assert "NaN or infinite" in message
     assert "train" in message
@@ -343,12 +343,11 @@ def test_labels_out_of_range(workspace: Path, call: Call) -> None:
 
 
 def test_a_checkpoint_of_other_classes(workspace: Path, call: Call) -> None:
-    model, preprocessing, classes = backbones.load(workspace / artifacts.BACKBONE)
-    spec: dict[str, object] = {"name": "resnet", "width": 32, "depth": 1}
+    backbone = backbones.load(workspace / artifacts.BACKBONE)
     path = workspace / "reversed.safetensors"
-    backbones.save(model, path, preprocessing, classes[::-1], spec)
+    backbones.save(path, replaced(backbone, classes=backbone.classes[::-1]))
     set_parameters(workspace, {"train.checkpoint": "reversed.safetensors"})
-    assert "is of the classes 6, 5, 4, 3, 2, 1, 0, the data are of 0, 1, 2" in call(train)
+    assert "is of the classes ['6', '5', '4', '3', '2', '1', '0'], not ['0', '1'" in call(train)
 
 
 def test_a_prefect_server_that_is_not_there(workspace: Path) -> None:

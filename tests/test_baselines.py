@@ -35,7 +35,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from opnp import baselines
-from opnp.backbones import Pool, build
+from opnp.backbones import build
+from opnp.networks import Pool
 from opnp.baselines import DETECTORS, Samples, TrainedModel, features_seen, fit, score
 from opnp.errors import InputError, UnavailableError
 from opnp.masks import PruningMask

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from opnp import backbones, datasets, features, parameters, sources
-from opnp.backbones import Classifier, Preprocessing
+from opnp.backbones import Backbone, Classifier, Preprocessing
+from opnp.networks import NETWORKS
 from opnp.errors import InputError
 from opnp.features import Shard
 from opnp.files import atomic, digest, read_json, write_json
@@ -491,16 +492,18 @@ def same_weights(one: Classifier, other: Classifier) -> bool:
 def saved(path: Path, kind: str = "resnet") -> Classifier:
     model = drawn_classifier(kind=kind)
     spec: dict[str, object] = {"name": kind, "width": 2, "depth": 1}
-    backbones.save(model, path, PREPROCESSING, CLASSES, spec)
+    backbones.save(path, Backbone(model, PREPROCESSING, CLASSES, spec))
     return model
 
 
-@pytest.mark.parametrize("kind", backbones.BACKBONES)
+@pytest.mark.parametrize("kind", NETWORKS)
 def test_a_backbone_is_loaded_as_it_was_saved(kind: str) -> None:
     path = Path("a/backbone.safetensors")
     model = saved(path, kind)
-    found, preprocessing, classes = backbones.load(path)
-    assert (preprocessing, classes) == (PREPROCESSING, CLASSES)
+    backbone = backbones.load(path)
+    found = backbone.classifier
+    assert (backbone.preprocessing, backbone.classes) == (PREPROCESSING, CLASSES)
+    assert backbone.spec == {"name": kind, "width": 2, "depth": 1}
     assert same_weights(found, model)
     assert not found.training
     images = torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -522,7 +525,7 @@ def test_a_file_that_is_no_whole_backbone_is_refused_by_name(content: bytes | st
     assert refused(lambda: backbones.load(path), path)
 
 
-@pytest.mark.parametrize("kind", backbones.BACKBONES)
+@pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt", ".pth"])
 def test_a_checkpoint_of_either_format_is_loaded(suffix: str, kind: str) -> None:
     trained, fresh = drawn_classifier(kind=kind), drawn_classifier(kind=kind)
@@ -625,7 +628,7 @@ def test_images_too_small_for_a_backbone_are_refused(kind: str) -> None:
         backbones.build(kind, channels=1, classes=3, width=8, depth=1, size=7)
 
 
-@pytest.mark.parametrize("kind", backbones.BACKBONES)
+@pytest.mark.parametrize("kind", NETWORKS)
 @pytest.mark.parametrize("size", [8, 13, 28, 32])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_backbone_gives_features_for_images_of_any_size(
@@ -638,7 +641,7 @@ def test_a_backbone_gives_features_for_images_of_any_size(
         assert model(images).shape == (2, 3)
 
 
-@pytest.mark.parametrize("kind", backbones.BACKBONES)
+@pytest.mark.parametrize("kind", NETWORKS)
 def test_a_checkpoint_of_another_backbone_is_refused(kind: str) -> None:
     path = Path("checkpoint.pt")
     other = {"resnet": "vit", "convnext": "resnet", "vit": "convnext"}[kind]

@@ -93,7 +93,7 @@ def test_sensitivity_file_holds_the_sums_of_both_halves_at_every_setting(workspa
         for name in ("weights", "neurons_mean", "neurons_gradient", "neurons_taylor")
     }
     assert {t.dtype for t in found.values()} == {torch.float64}
-    model, _, _ = backbones.load(artifacts.BACKBONE)
+    model = backbones.load(artifacts.BACKBONE).classifier
     # Halves are of every other row within each shard.
     size = chosen.features.shard_size
     rows = torch.arange(len(h)) % size % 2 == 0

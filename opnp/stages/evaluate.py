@@ -36,7 +36,8 @@ def run(parameters: Parameters) -> dict[str, Any]:
     # ViM says for each combination that it takes fewer dimensions where there are fewer.
     logging.getLogger("pytorch_ood").setLevel(logging.ERROR)
     settings, temperature = parameters.evaluate, parameters.energy.temperature
-    model, preprocessing, _ = backbones.load(artifacts.BACKBONE)
+    backbone = backbones.load(artifacts.BACKBONE, parameters.train.backbone)
+    model, preprocessing = backbone.classifier, backbone.preprocessing
     trained = TrainedModel(model.head, temperature, model, preprocessing.std)
     measured = sensitivity.read(parameters)
     found = search.read(parameters)

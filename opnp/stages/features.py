@@ -3,7 +3,6 @@
 import hashlib
 import json
 import threading
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opnp import artifacts, backbones, datasets, devices, proxies, sources
+from opnp import artifacts, backbones, datasets, devices, heads, networks, proxies, sources
 from opnp import features as shards
 from opnp.datasets import data_file
 from opnp.errors import InputError
@@ -36,7 +35,9 @@ def run(parameters: Parameters) -> None:
 def plan(parameters: Parameters) -> list[Shard]:
     """The shards to compute, in order."""
     manifest, size = fetch.manifest_of(parameters), parameters.features.shard_size
-    _, _, classes = backbones.load(artifacts.BACKBONE)
+    backbone = backbones.load(artifacts.BACKBONE, parameters.train.backbone)
+    classes = backbone.classes
+    fetch.check_images(parameters, backbone.preprocessing)
     if classes != manifest.classes:
         raise InputError(
             f"The backbone has {len(classes)} classes and the data {len(manifest.classes)}, or "
@@ -54,7 +55,7 @@ def compute(parameters: Parameters, shard: Shard) -> bool:
     if shards.is_whole(shard, origin):
         return False
     device = devices.device()
-    model, _ = backbone_on(origin["backbone"], device)
+    model, _ = backbone_on(origin["backbone"], device, parameters.train.backbone)
     images, labels = load_images(parameters, shard.split, shard.start, shard.stop)
     batches = images.split(parameters.features.batch_size)
     with devices.deterministic(threads=1):
@@ -66,12 +67,12 @@ def compute(parameters: Parameters, shard: Shard) -> bool:
 def origin_of(parameters: Parameters, shard: Shard) -> dict[str, str]:
     """What a shard is made from on this worker's device, besides its rows."""
     expected, device = expected_metadata(parameters, shard.split), devices.device()
-    _, preprocessing = backbone_on(expected["backbone"], device)
+    _, preprocessing = backbone_on(expected["backbone"], device, parameters.train.backbone)
     return {
         **expected,
-        "preprocessing": json.dumps(asdict(preprocessing)),
+        "preprocessing": json.dumps(preprocessing.as_json()),
         "device": device.type,
-        "code": code_digest(backbones, datasets, shards, proxies, sources),
+        "code": code_digest(backbones, heads, networks, datasets, shards, proxies, sources),
     }
 
 
@@ -86,7 +87,8 @@ def load_images(
 ) -> tuple[Tensor, np.ndarray[Any, Any]]:
     """Normalized images (N, C, H, W) and labels (N,) of some rows of a split."""
     expected, storage = expected_metadata(parameters, split), parameters.engine.storage
-    _, preprocessing = backbone_on(expected["backbone"], torch.device("cpu"))
+    cpu = torch.device("cpu")
+    _, preprocessing = backbone_on(expected["backbone"], cpu, parameters.train.backbone)
     if split.startswith("proxies/"):
         rows = range(start, stop)
         with one_at_a_time:
@@ -128,11 +130,11 @@ def finish(plan: list[Shard]) -> None:
 
 @lru_cache(maxsize=16)
 def backbone_on(
-    sha256: str, device: torch.device
+    sha256: str, device: torch.device, spec: str
 ) -> tuple[backbones.Classifier, backbones.Preprocessing]:
     """The backbone on a device, loaded once a process as long as its file stays the same."""
-    model, preprocessing, _ = backbones.load(artifacts.BACKBONE)
-    return model.to(device), preprocessing
+    backbone = backbones.load(artifacts.BACKBONE, spec)
+    return backbone.classifier.to(device), backbone.preprocessing
 
 
 one_at_a_time = threading.Lock()  # tasks that start together must not all decode all images

@@ -1,5 +1,6 @@
 """Fetch: every image set of the parameters, written to `data/` with a manifest."""
 
+import json
 import shutil
 from dataclasses import replace
 from itertools import islice
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from opnp import artifacts, datasets, sources
+from opnp.backbones import Preprocessing
 from opnp.datasets import ImageSet, Manifest, data_file, read_manifest
 from opnp.errors import InputError
 from opnp.files import write_json
@@ -58,6 +60,9 @@ def data_parameters(parameters: Parameters) -> dict[str, Any]:
     """What the images depend on."""
     outliers = parameters.search.outliers
     images = parameters.data.model_dump(exclude={"max_unreadable"})
+    for key in ("resize", "interpolation"):  # unsaid in manifests where they are as ever
+        if images[key] == type(parameters.data).model_fields[key].default:
+            del images[key]
     return images | ({"outliers": outliers} if outliers else {})
 
 
@@ -116,7 +121,16 @@ def id_sets(parameters: Parameters) -> dict[str, ImageSet]:
         limit = None if labels else data.ood_count
         path = data_file(name, artifacts.FETCHED)
         return datasets.write(
-            path, role, data.id, shuffled, data.image_size, data.mode, labels, limit
+            path,
+            role,
+            data.id,
+            shuffled,
+            data.image_size,
+            data.mode,
+            labels,
+            limit,
+            data.resize,
+            data.interpolation,
         )
 
     sets = {split: write(split, split, chosen, names) for split, chosen in divided.items()}
@@ -136,7 +150,17 @@ def ood_set(parameters: Parameters, name: str) -> dict[str, ImageSet]:
     examples = sources.open_ood(source, data.image_size, data.seed, unreadable)
     limited = islice(examples, data.ood_count)
     path = data_file(name, artifacts.FETCHED)
-    entry = datasets.write(path, role, source, limited, data.image_size, data.mode, [])
+    entry = datasets.write(
+        path,
+        role,
+        source,
+        limited,
+        data.image_size,
+        data.mode,
+        [],
+        resize=data.resize,
+        interpolation=data.interpolation,
+    )
     return {name: replace(entry, unreadable=unreadable.images)}
 
 
@@ -166,6 +190,27 @@ def finish(manifest: Manifest) -> None:
         place.rename(old)
     shutil.move(artifacts.FETCHED, place)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_images(parameters: Parameters, preprocessing: Preprocessing) -> None:
+    """Refuse a backbone that wants images prepared in another way than those of `data/` are.
+
+    Raises:
+        InputError: it does; the sentence says what to set.
+    """
+    data = parameters.data
+    wanted = {
+        "image_size": (preprocessing.size, data.image_size),
+        "mode": (preprocessing.mode, data.mode),
+        "resize": (preprocessing.resize, data.resize),
+        "interpolation": (preprocessing.interpolation, data.interpolation),
+    }
+    others = [f"data.{key} to {json.dumps(a)}" for key, (a, b) in wanted.items() if a != b]
+    if others:
+        raise InputError(
+            f"The backbone {parameters.train.backbone} wants images prepared in another way: set "
+            f"{' and '.join(others)}."
+        )
 
 
 def manifest_of(parameters: Parameters) -> Manifest:

@@ -36,7 +36,7 @@ METHODS: dict[str, Callable[[Candidate], bool]] = {
 def run(parameters: Parameters) -> SearchResult:
     """Search the grid on ID validation and outliers; write all trials and the chosen masks."""
     settings, measured = parameters.search, sensitivity.read(parameters)
-    model, _, _ = backbones.load(artifacts.BACKBONE)
+    model = backbones.load(artifacts.BACKBONE, parameters.train.backbone).classifier
     [(h, labels)], outliers = (
         features.load(parameters, "validation"),
         features.load_outliers(parameters),

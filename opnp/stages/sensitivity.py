@@ -79,7 +79,7 @@ def compute(parameters: Parameters, path: Path) -> bool:
             return False
     except InputError:
         pass
-    model, _, _ = backbones.load(artifacts.BACKBONE)
+    model = backbones.load(artifacts.BACKBONE, parameters.train.backbone).classifier
     device = devices.device()
     weight, bias = model.head.weight, energy.bias_of(model.head)
     halves = (h[::2].to(device), h[1::2].to(device))

@@ -1,4 +1,4 @@
-"""Train: the backbone, trained here or loaded from its checkpoint."""
+"""Train: the backbone, trained here or loaded with its weights."""
 
 from pathlib import Path
 from typing import Any
@@ -6,15 +6,16 @@ from typing import Any
 import torch
 
 from opnp import artifacts, backbones, datasets, devices, sources, training
+from opnp.backbones import Backbone, Preprocessing
 from opnp.datasets import data_file
-from opnp.errors import InputError
 from opnp.files import digest, write_csv, write_json
+from opnp.networks import NETWORKS
 from opnp.parameters import Parameters
 from opnp.stages import fetch
 
 
 def run(parameters: Parameters) -> dict[str, Any]:
-    """Train the backbone, or load its checkpoint, and record how well it classifies."""
+    """Train the backbone, or load its weights, and record how well it classifies."""
     settings, data, device = parameters.train, parameters.data, devices.device()
     fetch.manifest_of(parameters)
     classes = sources.class_names(data_file("train"))
@@ -22,27 +23,14 @@ def run(parameters: Parameters) -> dict[str, Any]:
         split: datasets.read(data_file(split), data.mode, data.image_size)
         for split in ("train", "validation")
     }
-    spec: dict[str, object] = {
-        "name": settings.backbone,
-        "width": settings.width,
-        "depth": settings.depth,
-    }
+    measured = Preprocessing.measured(read["train"][0], data.resize, data.interpolation)
     with devices.deterministic(settings.threads):
         torch.manual_seed(parameters.seed)
-        model = backbones.build(
-            channels=len(data.mode),
-            classes=len(classes),
-            size=data.image_size,
-            **spec,  # type: ignore[arg-type]
-        )
-        preprocessing = backbones.Preprocessing.measured(read["train"][0])
-        if settings.checkpoint:
-            path = Path(settings.checkpoint)
-            preprocessing = load_checkpoint(model, path, classes, preprocessing)
-        model.to(device)
+        backbone = (loaded if settings.checkpoint else untrained)(parameters, classes, measured)
+        model = backbone.classifier.to(device)
         both = {
             split: (
-                preprocessing.normalize(datasets.unit(pixels)).to(device),
+                backbone.preprocessing.normalize(datasets.unit(pixels)).to(device),
                 torch.from_numpy(labels).to(device),
             )
             for split, (pixels, labels) in read.items()
@@ -67,12 +55,14 @@ def run(parameters: Parameters) -> dict[str, Any]:
         record: dict[str, Any] = {
             f"{split}_accuracy": training.accuracy(model, *both[split]) for split in both
         }
-    backbones.save(model.cpu(), artifacts.BACKBONE, preprocessing, classes, spec)
+    model.cpu()
+    backbones.save(artifacts.BACKBONE, backbone)
+    file = backbones.file_of(settings.checkpoint)
     record |= {
         "parameters": sum(p.numel() for p in model.parameters()),
         "features": model.head.in_features,
         "classes": model.head.out_features,
-        "checkpoint": digest(Path(settings.checkpoint)) if settings.checkpoint else None,
+        "checkpoint": digest(file) if file else settings.checkpoint,
         "sha256": digest(artifacts.BACKBONE),
     }
     write_csv(
@@ -82,29 +72,44 @@ def run(parameters: Parameters) -> dict[str, Any]:
     return record
 
 
-def load_checkpoint(
-    model: backbones.Classifier,
-    path: Path,
-    classes: list[str],
-    measured: backbones.Preprocessing,
-) -> backbones.Preprocessing:
-    """Load a checkpoint, and return the preprocessing it states, else the one measured here.
+def options_of(parameters: Parameters) -> dict[str, Any]:
+    """What a backbone is built with besides its name: a small network's width and depth."""
+    settings = parameters.train
+    small = settings.backbone in NETWORKS
+    return {"width": settings.width, "depth": settings.depth} if small else {}
+
+
+def stated(parameters: Parameters) -> Preprocessing | None:
+    """The preprocessing that train.preprocessing states, if it names a file."""
+    path = parameters.train.preprocessing
+    return None if path is None else Preprocessing.stated(Path(path))
+
+
+def untrained(parameters: Parameters, classes: list[str], measured: Preprocessing) -> Backbone:
+    """The backbone to train, with the preprocessing measured on the training images if none."""
+    preprocessing = stated(parameters) or measured
+    fetch.check_images(parameters, preprocessing)
+    spec = {"name": parameters.train.backbone, **options_of(parameters)}
+    model = backbones.build(
+        channels=preprocessing.channels, classes=len(classes), size=preprocessing.size, **spec
+    )
+    return Backbone(model, preprocessing, classes, spec)
+
+
+def loaded(parameters: Parameters, classes: list[str], measured: Preprocessing) -> Backbone:
+    """The backbone with the weights that train.checkpoint names.
+
+    A small network whose weights state no preprocessing is taken for one that was trained here.
 
     Raises:
-        InputError: it is not for this model, or states other classes or another size of images.
+        InputError: they are not for this model, or of other classes or another preprocessing.
     """
-    stated = backbones.load_weights(model, path)
-    if stated.get("classes", classes) != classes:
-        raise InputError(
-            f"Checkpoint {path} is of the classes {', '.join(stated['classes'])}, the data are of "
-            f"{', '.join(classes)}: take the data it was trained on."
-        )
-    if "preprocessing" not in stated:
-        return measured
-    preprocessing = backbones.Preprocessing.stated(stated["preprocessing"])
-    if (preprocessing.size, preprocessing.mode) != (measured.size, measured.mode):
-        raise InputError(
-            f"Checkpoint {path} wants images of {preprocessing.size} pixels in mode "
-            f"{preprocessing.mode}: set data.image_size and data.mode so."
-        )
-    return preprocessing
+    name, weights = parameters.train.backbone, str(parameters.train.checkpoint)
+    preprocessing = stated(parameters)
+    if preprocessing is None and name in NETWORKS:
+        file = backbones.file_of(weights) or Path(weights)
+        preprocessing = None if backbones.read_weights(file)[1] else measured
+    options = options_of(parameters)
+    backbone = backbones.from_spec(name, weights, preprocessing, classes, **options)
+    fetch.check_images(parameters, backbone.preprocessing)
+    return backbone
