@@ -36,11 +36,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from opnp import baselines
 from opnp.backbones import build
-from opnp.networks import Pool
 from opnp.baselines import DETECTORS, Samples, TrainedModel, features_seen, fit, score
 from opnp.errors import InputError, UnavailableError
 from opnp.masks import PruningMask
 from opnp.metrics import ood_metrics
+from opnp.networks import Pool
 
 K, WIDTH, T = 3, 16, 1.5
 OF_IMAGES = ("odin", "rankfeat", "nac")

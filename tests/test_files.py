@@ -21,10 +21,10 @@ from torch import Tensor
 
 from opnp import backbones, datasets, features, parameters, sources
 from opnp.backbones import Backbone, Classifier, Preprocessing
-from opnp.networks import NETWORKS
 from opnp.errors import InputError
 from opnp.features import Shard
 from opnp.files import atomic, digest, read_json, write_json
+from opnp.networks import NETWORKS
 
 ROOT = Path(__file__).parents[1]
 Array = NDArray[Any]

@@ -28,7 +28,7 @@ def from_run(parameters: Parameters, accept: float = 95.0, method: str = METHOD)
     [(h, _)] = features.load(parameters, "validation")
     candidate = Candidate.stated(found[method])
     chosen = setting_of(measured, candidate)
-    backbone = backbones.load(artifacts.BACKBONE)
+    backbone = backbones.load(artifacts.BACKBONE, parameters.train.backbone)
     mask = candidate.mask(chosen)
     validation = fetch.manifest_of(parameters).sets["validation"]
     made = provenance() | {
