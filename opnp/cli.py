@@ -335,7 +335,8 @@ def unreadable(images: Sequence[str]) -> None:
     """Name the images that were left out, and say so with the exit code."""
     if images:
         print(*images, sep="\n", file=sys.stderr)
-        print(f"{len(images)} images could not be read.", file=sys.stderr)
+        count = "1 image" if len(images) == 1 else f"{len(images)} images"
+        print(f"{count} could not be read.", file=sys.stderr)
         raise typer.Exit(3)
 
 

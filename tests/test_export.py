@@ -95,7 +95,7 @@ def test_what_cannot_be_exported(
     branching = Scorer(detector.backbone.preprocessing, Branching(), scorer.head, 1.0, None)
     own = type(detector).__new__(type(detector))
     own.__dict__.update(detector.__dict__, scorer=branching)
-    with pytest.raises(InputError, match="network:Network.* cannot be exported"):
+    with pytest.raises(InputError, match=r"network:Network.* cannot be exported"):
         export.export(own, tmp_path / "x.pt2", "torch")
     found = importlib.util.find_spec
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnx" else found(name))
