@@ -11,9 +11,9 @@ NAME=SOURCE …] [--near NAME=SOURCE …] [--json]``.
 
 import argparse
 import json
-import os
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import chdir
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -70,9 +70,7 @@ def configured(
 def measure(chosen: Parameters, folder: Path) -> dict[str, Any]:
     """Run the stages that have not run with these parameters; what they found."""
     folder.mkdir(parents=True, exist_ok=True)
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
+    with chdir(folder):
         for stage, output in OUTPUTS.items():
             relevant = {key: getattr(chosen, key) for key in SECTIONS[stage]}
             made_with = {
@@ -95,8 +93,6 @@ def measure(chosen: Parameters, folder: Path) -> dict[str, Any]:
             "training": read_json(artifacts.TRAINING, "train"),
             "times": read_json(artifacts.TIMES, "evaluate"),
         }
-    finally:
-        os.chdir(before)
 
 
 SECTIONS = {

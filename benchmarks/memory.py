@@ -16,8 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -91,21 +90,11 @@ def peak() -> float:
     return int(found[1]) / 1024
 
 
-@contextmanager
-def working_in(folder: Path) -> Iterator[None]:
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        yield
-    finally:
-        os.chdir(before)
-
-
 def measured(arguments: argparse.Namespace, samples: int) -> dict[str, Any]:
     """What the stage takes for a number of samples."""
     settings = chosen(arguments.params)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        with working_in(Path(folder)):
+        with chdir(folder):
             write(settings, samples, arguments.classes, arguments.width, arguments.shard_size)
         words = ("-m", "benchmarks.memory", "--params", str(arguments.params.resolve()), "--stage")
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))

@@ -6,9 +6,9 @@ OOD data. Run ``python -m benchmarks.seeds [--params FILE] [--seeds N] [--json]`
 
 import argparse
 import json
-import os
 import tempfile
 import time
+from contextlib import chdir
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -24,16 +24,11 @@ __all__ = ["main", "measure"]
 
 def measure(chosen: Parameters) -> dict[str, Any]:
     """All stages but the report, in a folder of their own; what `evaluate` found."""
-    before = Path.cwd()
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            for stage in (stages.fetch, stages.train, stages.features, stages.sensitivity):
-                stage.run(chosen)
-            stages.search.run(chosen)
-            return stages.evaluate.run(chosen)
-        finally:
-            os.chdir(before)
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        for stage in (stages.fetch, stages.train, stages.features, stages.sensitivity):
+            stage.run(chosen)
+        stages.search.run(chosen)
+        return stages.evaluate.run(chosen)
 
 
 def seeded(chosen: Parameters, seed: int) -> Parameters:

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torchvision
@@ -61,9 +61,6 @@ def passes(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.batch_size,
         pin_memory=arguments.device != "cpu",
     )
-    precision = partial(
-        torch.autocast, arguments.device, torch.bfloat16, enabled=arguments.bfloat16
-    )
 
     def batches() -> Iterator[Tensor]:
         for [batch] in loader:
@@ -71,13 +68,13 @@ def passes(arguments: argparse.Namespace) -> dict[str, Any]:
 
     @torch.no_grad()
     def plain() -> None:
-        with precision():
+        with torch.autocast(arguments.device, torch.bfloat16, enabled=arguments.bfloat16):
             for batch in batches():
                 whole(batch.to(device, non_blocking=True))
 
     def both() -> None:
-        with precision():
-            encoded = features.encode(encoder, batches(), device)
+        precision: Literal["float32", "bfloat16"] = "bfloat16" if arguments.bfloat16 else "float32"
+        encoded = features.encode(encoder, batches(), device, precision)
         shards = encoded.split(arguments.shard_size)
         parts = [SensitivitySums.of(shard.to(device), weight, bias) for shard in shards]
         sum(parts[1:], start=parts[0]).mean()

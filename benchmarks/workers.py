@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, chdir
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -114,17 +114,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
-    settings, before = chosen(arguments), Path.cwd()
+    settings = chosen(arguments)
     # The server, and processes that are started anew, import this code from where it is.
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.getenv("PYTHONPATH"))))
     os.environ["PYTHONPATH"] = path
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        try:
-            workspace(settings, arguments.width)
-            result = measured(settings, arguments.runner, arguments.repeats)
-        finally:
-            os.chdir(before)
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        workspace(settings, arguments.width)
+        result = measured(settings, arguments.runner, arguments.repeats)
     timing.show(result, arguments.json, f"workers, {arguments.runner}")
 
 

@@ -5,6 +5,9 @@ wins. No tool reports usage to anybody.
 """
 
 import os
+import signal
+import sys
+from typing import Any, NoReturn
 
 for name, value in {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -20,3 +23,18 @@ for name, value in {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }.items():
     os.environ.setdefault(name, value)
+
+
+def say_interrupted() -> None:
+    print("interrupted: run again to go on", file=sys.stderr, flush=True)
+
+
+def end(number: int, _: Any) -> NoReturn:
+    say_interrupted()
+    os._exit(128 + number)
+
+
+# A command (python -m flows.NAME) imports for seconds before `flows.program` takes its signals.
+if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, end)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flows import engine, exchange, server, versions
 from flows.program import program
-from flows.stage import hide_what_is_told, timed
+from flows.stage import hide_what_is_told, timed, timings
 from opnp import artifacts, parameters, stages, tracking
 from opnp.errors import InputError
 from opnp.files import digest, read_json
@@ -51,6 +51,7 @@ def run_stages(chosen: Parameters) -> dict[str, float]:
                 f"{artifacts.PARAMETERS} was changed during the run, and {stage} is not recorded: "
                 "run again with the new parameters."
             )
+        tracking.begin()
         if stage != "fetch":  # which records its data itself
             versions.record(stage)
         print(f"{stage}: done in {seconds[stage]:.1f} s", flush=True)
@@ -73,6 +74,8 @@ def pipeline() -> None:
         tracking.record_run(chosen, seconds)
     else:
         print("Nothing has changed since the last run: there is nothing to do.")
+        if tracking.begun():  # it ended before it was recorded
+            tracking.stash(chosen, timings())
         tracking.log_or_wait()
     summarize()
 

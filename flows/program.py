@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import psutil
 from filelock import FileLock, Timeout
 
-from flows import server
+from flows import say_interrupted, server
 from opnp.errors import InputError
 from opnp.files import full_disk
 
@@ -64,10 +64,6 @@ def program() -> Iterator[None]:
         sys.exit(ended)
 
 
-def say_interrupted() -> None:
-    print("interrupted: run again to go on", file=sys.stderr)
-
-
 def leave(ended: str | int) -> NoReturn:
     """End this process and those it has started at once, whatever threads are at."""
     if isinstance(ended, str):
@@ -84,7 +80,8 @@ def leave(ended: str | int) -> NoReturn:
 
 @contextmanager
 def signals() -> Iterator[None]:
-    """Raise `Stopped` at SIGTERM; end the process if SIGINT or SIGTERM has not ended it in time.
+    """Raise `KeyboardInterrupt` at SIGINT and `Stopped` at SIGTERM; end the process if they have
+    not ended it in time.
 
     Python tells its handlers of a signal when the main thread comes to it, which a task at work may
     delay, and Prefect has handlers of its own; the descriptor is written to in any case.
@@ -114,7 +111,10 @@ def signals() -> Iterator[None]:
     def stop(*_: Any) -> NoReturn:
         raise Stopped
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    handlers = {signal.SIGTERM: stop}
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as of a command in the background
+        handlers[signal.SIGINT] = signal.default_int_handler
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
@@ -122,7 +122,8 @@ def signals() -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(descriptor)
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
         writer.close()
         watcher.join()
         reader.close()

@@ -189,22 +189,69 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+@dataclass(frozen=True)
+class EncodedImages:
+    """Rows of a Parquet file of images that are read, but not decoded yet.
+
+    Attributes:
+        path: the file.
+        start: the first row.
+        encoded: the images, as PNG or JPEG say.
+        labels: int64 (N,).
+    """
+
+    path: Path | RemoteFile
+    start: int
+    encoded: pa.BinaryArray
+    labels: NDArray[np.int64]
+
+    @property
+    def rows(self) -> range:
+        return range(self.start, self.start + len(self.labels))
+
+    def decode(self, rows: range, mode: str, size: int) -> NDArray[np.uint8]:
+        """Images of some of the rows, uint8 (N, H, W, C).
+
+        Args:
+            rows: of the file, one after the other.
+            mode: L or RGB.
+            size: side in pixels that the backbone wants; other images are cropped and scaled.
+
+        Raises:
+            InputError: an image is damaged.
+        """
+        part = self.encoded.slice(rows.start - self.start, len(rows))
+        images = [
+            np.asarray(fit(decode(data.as_py() or b"", f"Image {row} of {self.path}"), size, mode))
+            for row, data in zip(rows, part, strict=True)
+        ]
+        return np.stack(images).reshape(len(images), size, size, -1)
+
+
 def read(
     path: Path | RemoteFile, mode: str, size: int, start: int = 0, stop: int | None = None
 ) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Decode rows ``start`` to ``stop`` of a Parquet file of images.
+    """Read and decode rows ``start`` to ``stop`` of a Parquet file of images.
+
+    Returns:
+        Images, uint8 (N, H, W, C), and labels, int64 (N,).
+
+    Raises:
+        InputError: as `read_encoded` and `EncodedImages.decode`.
+    """
+    found = read_encoded(path, start, stop)
+    return found.decode(found.rows, mode, size), found.labels
+
+
+def read_encoded(path: Path | RemoteFile, start: int = 0, stop: int | None = None) -> EncodedImages:
+    """Read rows ``start`` to ``stop`` of a Parquet file of images.
 
     Only the row groups that hold them are read, and of a file in a storage fetched.
 
     Args:
         path: the file.
-        mode: L or RGB.
-        size: side in pixels that the backbone wants; other images are cropped and scaled.
         start: first row.
         stop: row after the last; to the end without it.
-
-    Returns:
-        Images, uint8 (N, H, W, C), and labels, int64 (N,).
 
     Raises:
         InputError: the file is missing, truncated or holds fewer rows or other columns.
@@ -234,12 +281,7 @@ def read(
         raise InputError(f"{path} is damaged ({reason}): {remedy}.") from None
     offset = int(ends[first - 1]) if first else 0
     chosen = slice(start - offset, stop - offset)
-    images = [
-        np.asarray(fit(decode(data.as_py() or b"", f"Image {row} of {path}"), size, mode))
-        for row, data in enumerate(encoded[chosen], start)
-    ]
-    stacked = np.stack(images).reshape(len(images), size, size, -1)
-    return stacked, labels[chosen]
+    return EncodedImages(path, start, encoded[chosen], labels[chosen])
 
 
 def unit(pixels: NDArray[np.uint8]) -> Tensor:

@@ -1,7 +1,6 @@
 """The device of a worker (a GPU of its own where there are any, else the CPU), used so that the
 same input gives the same bits."""
 
-import getpass
 import os
 import tempfile
 import threading
@@ -50,7 +49,7 @@ def claim(names: Sequence[str], folder: Path | None = None) -> tuple[int, BaseFi
         The position of the GPU among ``names``, and the lock: the claim ends when it is released.
     """
     if folder is None:
-        folder = Path(tempfile.gettempdir()) / f"opnp-{getpass.getuser()}"
+        folder = Path(tempfile.gettempdir()) / f"opnp-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     for share in count():
         for index, name in enumerate(names):

@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -64,14 +64,30 @@ def divide(split: str, count: int, size: int) -> list[Shard]:
 
 
 @torch.no_grad()
-def encode(encoder: nn.Module, batches: Iterable[Tensor], device: torch.device) -> Tensor:
+def encode(
+    encoder: nn.Module,
+    batches: Iterable[Tensor],
+    device: torch.device,
+    precision: Literal["float32", "bfloat16"] = "float32",
+) -> Tensor:
     """Penultimate features, float32 (N, L) on the CPU, of batches of normalized images.
+
+    Args:
+        encoder: maps images to features, on ``device``.
+        batches: float32 (N, C, H, W) each.
+        device: where it computes.
+        precision: of its products; bfloat16 keeps 8 bits of them.
 
     Raises:
         InputError: the encoder's output is not (N, L).
     """
-    parts = [encoder(batch.to(device, non_blocking=True)).float().cpu() for batch in batches]
-    features = torch.cat(parts)
+    parts = []
+    for batch in batches:
+        if device.type == "cuda":  # pinned memory is copied while the GPU computes
+            batch = batch.contiguous(memory_format=torch.channels_last).pin_memory()
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+            parts.append(encoder(batch.to(device, non_blocking=True)).float())
+    features = torch.cat(parts).cpu()
     if features.ndim != 2:
         raise InputError(
             f"The encoder gives features of shape {tuple(features.shape)}, not (N, L): "
@@ -162,10 +178,14 @@ def read_shard(path: Path) -> tuple[Tensor, NDArray[np.int64], dict[str, str]]:
 
 
 def is_whole(shard: Shard, origin: dict[str, str]) -> bool:
-    """Whether the shard is there, undamaged and made from exactly ``origin``."""
+    """Whether the shard is there, undamaged and made from exactly ``origin``; one is named if it is
+    damaged."""
+    if not shard.path.exists():
+        return False
     try:
         return read_shard(shard.path)[2] == described(shard, origin)
     except InputError:
+        print(f"features: {shard.path} is damaged, and made again", flush=True)
         return False
 
 

@@ -95,6 +95,8 @@ class Features(Section):
     """How penultimate features are computed and stored."""
 
     dtype: Literal["float32", "float16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
     batch_size: Positive = 256
     shard_size: Positive = 2048
 
@@ -176,6 +178,7 @@ class Engine(Section):
 
     runner: Literal["threads", "processes", "dask"] = "threads"
     workers: Positive | None = None
+    decoders: Positive | None = None
     scheduler: str | None = None
     storage: str | None = None
 

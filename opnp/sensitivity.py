@@ -184,11 +184,7 @@ class SensitivitySums:
         Raises:
             InputError: there were no samples.
         """
-        if self.count == 0:
-            raise InputError(
-                "The sensitivity of no samples is undefined: the training set is empty."
-            )
-        m = self.count
+        m = positive(self.count)
         return Sensitivity(
             self.weights / m,
             self.neurons_mean / m,
@@ -198,6 +194,12 @@ class SensitivitySums:
             self.temperature,
             self.clip,
         )
+
+
+def positive(count: int) -> int:
+    if count == 0:
+        raise InputError("The sensitivity of no samples is undefined: the training set is empty.")
+    return count
 
 
 def probabilities(
@@ -358,9 +360,7 @@ def parameter_sensitivity(
     total = torch.zeros(weight.shape, dtype=torch.float64, device=features.device)
     for h, p in probabilities(features, weight, bias, temperature):
         total += p.T @ h.abs()
-    if len(features) == 0:
-        raise InputError("The sensitivity of no samples is undefined: the training set is empty.")
-    return total.cpu() / len(features)
+    return total.cpu() / positive(len(features))
 
 
 def neuron_sensitivity(

@@ -5,7 +5,6 @@ the digest of what a result is made from, which of the files is that result. So 
 changed or mixed up, whoever writes it, and everything may be deleted: it is made again.
 """
 
-import errno
 import hashlib
 import io
 import json
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from opnp.errors import InputError, UnavailableError
-from opnp.files import atomic, digest, remove_others
+from opnp.files import atomic, digest, full_disk, remove_others
 
 __all__ = ["RemoteFile", "Storage"]
 
@@ -234,7 +233,7 @@ class Storage:
                 "in the environment and their rights to read and write."
             ) from error
         except Exception as error:  # every library has exceptions of its own
-            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if isinstance(error, OSError) and full_disk(error):
                 raise
             raise UnavailableError(
                 f"engine.storage: {self.url} could not be reached ({said(error)}): check the URL, "

@@ -20,13 +20,15 @@ from uuid import uuid4
 
 from opnp import artifacts
 from opnp.errors import InputError
-from opnp.files import digest, read_json, write_json
+from opnp.files import atomic, digest, read_json, write_json
 
 if TYPE_CHECKING:
     from opnp.parameters import Parameters
 
 __all__ = [
     "DetectorRun",
+    "begin",
+    "begun",
     "detector_runs",
     "experiment_name",
     "log_or_wait",
@@ -38,6 +40,7 @@ __all__ = [
 ]
 
 UNLOGGED = Path("logs/unlogged")
+UNRECORDED = Path("logs/unrecorded")  # names the record that the run at work will have
 
 FILES = (
     artifacts.PARAMETERS,
@@ -78,6 +81,19 @@ def waiting() -> list[Path]:
     return sorted(path.parent for path in UNLOGGED.glob("*/run.json"))
 
 
+def begin() -> None:
+    """Name the record that a run will have, which has done a stage: one that is killed now, and
+    goes on later or has nothing left to do, is recorded once."""
+    if not begun():
+        with atomic(UNRECORDED) as temporary:
+            temporary.write_text(f"{time.time_ns()}-{uuid4().hex[:8]}")
+
+
+def begun() -> bool:
+    """Whether a run has begun whose record is still to be made."""
+    return UNRECORDED.exists()
+
+
 def record_run(parameters: "Parameters", seconds: dict[str, float]) -> None:
     """Record the run whose artifacts lie in the workspace, in MLflow or until it can be reached."""
     stash(parameters, seconds)
@@ -111,12 +127,14 @@ def stash(parameters: "Parameters", seconds: dict[str, float]) -> Path:
     Returns:
         The folder of the record.
     """
-    folder = UNLOGGED / f"{time.time_ns()}-{uuid4().hex[:8]}"
-    folder.mkdir(parents=True)
+    begin()
+    folder = UNLOGGED / UNRECORDED.read_text()
+    folder.mkdir(parents=True, exist_ok=True)
     for path in (*FILES, *([artifacts.TIMES] if artifacts.TIMES.is_file() else [])):
         shutil.copy2(path, folder / path.name)
     # The record comes last: a folder without one is no run.
     write_json(folder / "run.json", record(parameters, seconds))
+    UNRECORDED.unlink()
     return folder
 
 

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -13,17 +14,20 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
+import pyarrow as pa
 import pytest
 
-from flows import engine, program, server
+from flows import engine, program, server, versions
 from flows.features import features
 from flows.sensitivity import sensitivity
 from opnp import artifacts, parameters, stages
 from opnp.errors import InputError
 from opnp.files import atomic, digest
-from tests.conftest import ROOT, set_parameters
+from tests.conftest import ROOT, run_program, set_parameters
+from tests.test_pipeline import contents
 
 Call = Callable[[Any], str]
 
@@ -174,6 +178,117 @@ def test_signals_end_runs_in_a_sentence_and_the_next_goes_on(
     assert {path: shards().get(path) for path in kept} == kept
 
 
+def flip(path: Path) -> None:
+    """Turn one bit of a file's last number, or text, as a disk may do."""
+    data = bytearray(path.read_bytes())
+    data[-1 if path.suffix == ".safetensors" else 3000] ^= 1
+    path.write_bytes(data)
+
+
+def relabel(path: Path, key: bytes, value: bytes) -> None:
+    """Make a shard, whole as it is, say that it was made with something else."""
+    table = pa.ipc.open_file(path.read_bytes()).read_all()
+    assert key in table.schema.metadata
+    told = {**table.schema.metadata, key: value}
+    with pa.ipc.new_file(path, table.schema.with_metadata(told)) as writer:
+        writer.write_table(table.replace_schema_metadata(told))
+
+
+def test_foreign_and_damaged_shards_are_refused_by_name_and_made_again(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By their own stage alone, which leaves the others as they are."""
+    before, chosen = contents(workspace), parameters.load()
+    half = chosen.features.model_copy(update={"dtype": "float16"})
+    by_half = chosen.model_copy(update={"features": half})
+    plan = {str(shard.path): shard for shard in stages.features.plan(chosen)}
+    where = str(artifacts.FEATURES)
+    search, flipped = stages.search.run, "is damaged (its checksum differs)"
+    for name, later, spoil, said in (
+        ("train/00001", stages.sensitivity.run, flip, flipped),
+        ("validation/00000", search, flip, flipped),
+        ("proxies/phase/00000", search, flip, flipped),
+        ("ood/letters/00001", lambda of: stages.features.load(of, "ood/letters"), flip, flipped),
+        (
+            "train/00001",
+            stages.sensitivity.run,
+            lambda path: relabel(path, b"preprocessing", b"{}"),
+            "was made with another preprocessing",
+        ),
+        (
+            "validation/00000",
+            search,
+            lambda path: relabel(path, b"backbone", b"another"),
+            "was made with another backbone",
+        ),
+        (
+            "train/00000",
+            stages.sensitivity.run,
+            lambda path: stages.features.compute(by_half, plan[str(path)]),
+            "was made with another dtype",
+        ),
+    ):
+        path = Path(f"{where}/{name}.arrow")
+        kept = shards()
+        spoil(path)
+        sentence = f"Shard {path} {said}: run `python -m flows.features`."
+        with pytest.raises(InputError, match=re.escape(sentence)):
+            later(chosen)
+        capsys.readouterr()
+        stages.features.run(chosen)
+        assert (f"{path} is damaged, and made again" in capsys.readouterr().out) == (spoil is flip)
+        found = shards()
+        assert {each for each in found if found[each] != kept[each]} == {path}
+        assert contents(workspace) == before
+
+
+def test_sums_and_weights_with_a_flipped_bit_are_never_used(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before, kept, chosen = contents(workspace), shards(), parameters.load()
+    sums = artifacts.SENSITIVITY.parent / "shards/00001.safetensors"
+    flip(sums)
+    with pytest.raises(InputError, match=f"{sums} is damaged"):
+        stages.sensitivity.merge(stages.sensitivity.plan(chosen))
+    stages.sensitivity.run(chosen)
+    assert f"{sums} is damaged, and made again" in capsys.readouterr().out
+    found = shards()
+    assert {each for each in found if found[each] != kept[each]} == {sums}
+    assert contents(workspace) == before
+    for path, later, command in (
+        (artifacts.SENSITIVITY, ("search", "report"), "flows.sensitivity"),
+        (artifacts.MASK, ("report",), "flows.search"),
+        (artifacts.BACKBONE, ("features", "sensitivity"), "flows.train"),
+    ):
+        whole = path.read_bytes()
+        flip(path)
+        sentence = f"{path} is damaged (its checksum differs): run `python -m {command}`"
+        for stage in later:
+            with pytest.raises(InputError, match=re.escape(sentence)):
+                getattr(stages, stage).run(chosen)
+        path.write_bytes(whole)
+    assert contents(workspace) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_imports_ends_in_the_same_sentence(
+    workspace: Path, number: signal.Signals
+) -> None:
+    """They take seconds, and begin before the command has taken the workspace."""
+    before = contents(workspace)
+    run = start("flows.pipeline", PYTHONVERBOSE="1")
+    assert run.stderr
+    for line in run.stderr:
+        if line.startswith("import 'torch._C'"):  # in the midst of them
+            break
+    run.send_signal(number)
+    *_, last = run.communicate(timeout=60)[1].splitlines()
+    assert run.returncode == 128 + number
+    assert last == "interrupted: run again to go on"
+    assert not program.LOCK.exists() or program.LOCK.read_text() == ""
+    assert contents(workspace) == before
+
+
 def test_a_second_run_names_the_first_and_a_dead_one_holds_nothing(
     workspace: Path, call: Call
 ) -> None:
@@ -193,6 +308,34 @@ def test_a_second_run_names_the_first_and_a_dead_one_holds_nothing(
     with program.alone():
         assert json.loads(program.LOCK.read_text())["pid"] == os.getpid()
     assert program.LOCK.read_text() == ""
+
+
+@pytest.mark.slow
+def test_of_two_pipelines_at_once_the_second_ends_and_the_first_finishes(
+    many: Path, prefect_api: str
+) -> None:
+    """And `dvc repro` too; the first is halted meanwhile, so that they come in the midst of it."""
+    mask = digest(artifacts.MASK)
+    first = start("flows.pipeline", PREFECT_API_URL=prefect_api)
+    wait_until(lambda: made(artifacts.FEATURES) >= 5 or first.poll() is not None, 120)
+    first.send_signal(signal.SIGSTOP)
+    before = contents(many)
+    for words in (("python", "-m", "flows.pipeline"), ("dvc", "repro")):
+        second = run_program(*words, cwd=many, env={"PREFECT_API_URL": prefect_api})
+        assert second.returncode
+        assert f"error: Process {first.pid} (python" in second.stderr
+        assert "-m flows.pipeline, since 20" in second.stderr
+        assert "Traceback" not in second.stderr
+        assert contents(many) == before
+    first.send_signal(signal.SIGCONT)
+    _, errors = first.communicate(timeout=240)
+    assert first.returncode == 0, errors
+    assert digest(artifacts.MASK) != mask  # of a smaller search
+    assert run_program("dvc", "status", "--json", cwd=many).stdout.strip() == "{}"
+    found = contents(many)
+    for stage in (stages.features, stages.sensitivity, stages.search):
+        stage.run(parameters.load())
+    assert contents(many) == found
 
 
 def test_a_number_used_again_is_not_taken_for_the_holder(workspace: Path) -> None:
@@ -230,6 +373,25 @@ def test_a_full_disk_is_told_and_a_run_goes_on_after_room_was_made(
     subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
     assert finish() == expected
     assert {path: digest(path) for path in kept} == kept
+
+
+def test_a_full_disk_of_the_cache_is_told_and_what_was_made_is_recorded_later(
+    workspace: Path, small_disk: Path
+) -> None:
+    before = contents(workspace)
+    cache = workspace / ".dvc/cache"
+    shutil.rmtree(cache)
+    cache.symlink_to(small_disk)
+    with pytest.raises(InputError, match=r"^No space is left for .*: make some and run again"):
+        versions.record("features")
+    assert contents(workspace) == before
+    subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
+    versions.record("features")
+    assert not versions.changed("features")
+    shutil.rmtree(artifacts.FEATURES)
+    done = run_program("dvc", "checkout", "features", cwd=workspace)
+    assert done.returncode == 0, done.stderr
+    assert contents(workspace) == before
 
 
 @pytest.mark.parametrize("library", ["arrow", "parquet", "safetensors", "text"])
@@ -277,3 +439,52 @@ def test_a_server_that_was_killed_is_started_again(
     addresses = [line for line in log.splitlines() if line.startswith("serving http")]
     assert len(addresses) == 2
     assert addresses[0] == addresses[1]
+
+
+@pytest.fixture
+def named_server(
+    tmp_path: Path,
+) -> Iterator[Callable[[int], tuple[str, "subprocess.Popen[bytes]"]]]:
+    """Start a Prefect server on a port, 0 for any; its address and its process."""
+    begun: list[subprocess.Popen[bytes]] = []
+
+    def start_server(port: int = 0) -> tuple[str, "subprocess.Popen[bytes]"]:
+        file = tmp_path / f"{len(begun)}.address"
+        words = [sys.executable, "-m", "flows.server", str(os.getpid()), str(file), str(port)]
+        begun.append(subprocess.Popen(words, cwd=ROOT))
+        wait_until(lambda: file.exists() or begun[-1].poll() is not None, 120)
+        return file.read_text(), begun[-1]
+
+    yield start_server
+    for process in begun:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_named_server_that_goes_away_in_mid_run(
+    expected: dict[Path, str], named_server: Any, comes_back: bool
+) -> None:
+    """One that comes back is waited for; else the run ends, and the next goes on."""
+    url, served = named_server()
+    retries = "6" if comes_back else "1"
+    run = start("flows.features", PREFECT_API_URL=url, PREFECT_CLIENT_MAX_RETRIES=retries)
+    wait_until(lambda: made(artifacts.FEATURES) >= 5 or run.poll() is not None, 120)
+    served.kill()
+    served.wait()
+    kept = shards()
+    if comes_back:
+        again, _ = named_server(urlsplit(url).port)
+        assert again == url
+    _, errors = run.communicate(timeout=240)
+    assert "Traceback" not in errors
+    if comes_back:
+        assert run.returncode == 0, errors
+        assert made(artifacts.FEATURES) == len(stages.features.plan(parameters.load()))
+    else:
+        assert run.returncode == 1
+        assert errors.splitlines()[-1].startswith(f"error: The Prefect server {url} went away")
+        assert not halves()
+    assert finish() == expected
+    assert {path: shards().get(path) for path in kept} == kept

@@ -288,6 +288,28 @@ def test_second_run_has_nothing_to_do(
     assert before == {path: path.stat().st_mtime_ns for path in workspace.glob("artifacts/**/*.*")}
 
 
+def test_a_run_that_dies_before_it_is_recorded_is_recorded_by_the_next(
+    workspace: Path,
+    prefect_api: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    artifacts.REPORT.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking, "stash", die)
+        with pytest.raises(KeyboardInterrupt):
+            whole.pipeline()
+    assert len(mlflow_runs()) == 1
+    for _ in range(2):
+        whole.pipeline()
+        assert "Nothing has changed" in capsys.readouterr().out
+        assert len(mlflow_runs()) == 2
+    assert mlflow_runs()[0].data.metrics["seconds/train"] > 0
+
+
 @pytest.mark.parametrize(
     ("name", "value", "concerned"),
     [

@@ -1,8 +1,16 @@
 """What MLflow holds of a run: really logged, to SQLite."""
 
 import json
+import os
 import shutil
-from contextlib import chdir
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +227,106 @@ def test_more_metrics_than_a_request_holds(here: Path) -> None:
     run, children = logged()
     assert len(run.data.metrics) > 40 * 12 * 2 > tracking.METRICS_AT_ONCE
     assert set(children) == {*detectors, "odin"}
+
+
+@pytest.mark.parametrize("moment", ["copy2", "write_json", "rmtree"])
+def test_a_run_that_dies_while_it_is_recorded_is_logged_once(
+    here: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """Before and after its record is whole, and after it was logged."""
+    write_run(DETECTORS)
+    tracking.begin()
+    module: Any = tracking if moment == "write_json" else shutil
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, moment, die)
+        with pytest.raises(KeyboardInterrupt):
+            tracking.record_run(chosen(), {})
+    assert tracking.begun() == (moment != "rmtree")
+    if tracking.begun():
+        tracking.stash(chosen(), {})
+    tracking.log_or_wait()
+    assert not tracking.waiting()
+    assert not tracking.begun()
+    logged()
+
+
+@contextmanager
+def served(folder: Path, port: int) -> Iterator["subprocess.Popen[bytes]"]:
+    """An MLflow server that keeps runs and files in a folder."""
+    words = [
+        "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination", f"{folder}/files",
+        "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+    ]  # fmt: skip
+    with (folder / "server.log").open("a") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "server", *words],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            with suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                break
+            assert process.poll() is None, (folder / "server.log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        yield process
+    finally:
+        stop(process)
+
+
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """Kill a server and its workers, as the loss of its machine does."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.slow
+def test_a_run_whose_server_dies_while_it_is_logged_is_logged_once(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A real server, killed once in the midst of the run's detectors, and there again later."""
+    from mlflow import MlflowClient
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    write_run(DETECTORS)
+    real, calls = MlflowClient.log_batch, 0
+    with served(here, port) as server:
+
+        def killing(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == 4:
+                stop(server)
+            return real(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(MlflowClient, "log_batch", killing)
+            tracking.record_run(chosen(), {})
+        told = capsys.readouterr().err
+        assert "could not be reached" in told
+        assert told.count("\n") == 1
+        assert len(tracking.waiting()) == 1
+        tracking.record_run(chosen(seed=1), {})  # while it is down
+        assert len(tracking.waiting()) == 2
+    with served(here, port):
+        for _ in range(2):
+            tracking.log_or_wait()
+            assert not tracking.waiting()
+            runs = tracking.detector_runs("opnp")
+            assert sorted((run.seed, run.detector) for run in runs) == [
+                (seed, name) for seed in (0, 1) for name in sorted([*DETECTORS, "odin"])
+            ]
+            assert len({run.run for run in runs}) == 2

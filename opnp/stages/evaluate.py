@@ -53,7 +53,7 @@ def run(parameters: Parameters) -> dict[str, Any]:
         return Samples(
             h[:stop],
             labels[:stop],
-            lambda: features.load_images(parameters, split, 0, stop)[0],
+            lambda: features.load_images(parameters, split, stop),
         )
 
     heads = {

@@ -2,15 +2,20 @@
 
 import hashlib
 import json
+import os
 import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from opnp import artifacts, backbones, datasets, devices, heads, networks, proxies, sources
 from opnp import features as shards
@@ -55,23 +60,23 @@ def compute(parameters: Parameters, shard: Shard) -> bool:
     if shards.is_whole(shard, origin):
         return False
     device = devices.device()
-    model, _ = backbone_on(origin["backbone"], device, parameters.train.backbone)
-    images, labels = load_images(parameters, shard.split, shard.start, shard.stop)
-    batches = images.split(parameters.features.batch_size)
+    settings = parameters.features
+    encoder = encoder_on(origin["backbone"], device, parameters.train.backbone, settings.compile)
+    images, labels = open_images(parameters, shard.split, shard.start, shard.stop)
+    starts = range(shard.start, shard.stop, settings.batch_size)
+    rows = [range(at, min(at + settings.batch_size, shard.stop)) for at in starts]
     with devices.deterministic(threads=1):
-        encoded = shards.encode(model.encoder, batches, device)
-    shards.write_shard(shard, encoded, labels, origin, parameters.features.dtype)
+        batches = ahead(images, rows, decoders(parameters, device))
+        encoded = shards.encode(encoder, batches, device, settings.precision)
+    shards.write_shard(shard, encoded, labels, origin, settings.dtype)
     return True
 
 
 def origin_of(parameters: Parameters, shard: Shard) -> dict[str, str]:
     """What a shard is made from on this worker's device, besides its rows."""
-    expected, device = expected_metadata(parameters, shard.split), devices.device()
-    _, preprocessing = backbone_on(expected["backbone"], device, parameters.train.backbone)
     return {
-        **expected,
-        "preprocessing": json.dumps(preprocessing.as_json()),
-        "device": device.type,
+        **expected_metadata(parameters, shard.split),
+        "device": devices.device().type,
         "code": code_digest(backbones, heads, networks, datasets, shards, proxies, sources),
     }
 
@@ -82,34 +87,78 @@ def images_of(split: str, sha256: str, storage: str | None) -> Path | RemoteFile
     return path if storage is None or path.is_file() else Storage(storage).open(sha256)
 
 
-def load_images(
+def open_images(
     parameters: Parameters, split: str, start: int, stop: int
-) -> tuple[Tensor, np.ndarray[Any, Any]]:
-    """Normalized images (N, C, H, W) and labels (N,) of some rows of a split."""
+) -> tuple[Callable[[range], Tensor], NDArray[np.int64]]:
+    """Rows ``start`` to ``stop`` of a split.
+
+    Returns:
+        A function that gives the normalized images (N, C, H, W) of some of these rows, and the
+        labels (N,) of all of them.
+    """
     expected, storage = expected_metadata(parameters, split), parameters.engine.storage
-    cpu = torch.device("cpu")
-    _, preprocessing = backbone_on(expected["backbone"], cpu, parameters.train.backbone)
+    device, spec = devices.device(), parameters.train.backbone
+    _, preprocessing = backbone_on(expected["backbone"], device, spec)
     if split.startswith("proxies/"):
-        rows = range(start, stop)
         with one_at_a_time:
             validation = validation_images(expected["images"], preprocessing, storage)
-        made = proxies.make(split.removeprefix("proxies/"), validation, rows, parameters.seed)
-        images, labels = torch.from_numpy(made), np.full(len(rows), -1, np.int64)
-    else:
-        file = images_of(split, expected["images"], storage)
-        pixels, labels = datasets.read(file, preprocessing.mode, preprocessing.size, start, stop)
-        images = datasets.unit(pixels)
-    return preprocessing.normalize(images), labels
+
+        def made(rows: range) -> Tensor:
+            family = split.removeprefix("proxies/")
+            images = proxies.make(family, validation, rows, parameters.seed)
+            return preprocessing.normalize(torch.from_numpy(images))
+
+        return made, np.full(stop - start, -1, np.int64)
+    found = datasets.read_encoded(images_of(split, expected["images"], storage), start, stop)
+
+    def decoded(rows: range) -> Tensor:
+        pixels = found.decode(rows, preprocessing.mode, preprocessing.size)
+        return preprocessing.normalize(datasets.unit(pixels))
+
+    return decoded, found.labels
+
+
+def load_images(parameters: Parameters, split: str, stop: int) -> Tensor:
+    """The first ``stop`` images of a split, normalized, (N, C, H, W)."""
+    images, _ = open_images(parameters, split, 0, stop)
+    return images(range(stop))
+
+
+def ahead(
+    images: Callable[[range], Tensor], rows: Iterable[range], threads: int
+) -> Iterator[Tensor]:
+    """The images of each range of rows, of which threads prepare as many while one is used."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[Tensor]] = deque()
+        for each in rows:
+            waiting.append(pool.submit(images, each))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def decoders(parameters: Parameters, device: torch.device) -> int:
+    """Threads that decode images for this worker: its share of the cores where it has a GPU."""
+    if parameters.engine.decoders is not None:
+        return parameters.engine.decoders
+    if device.type == "cpu":
+        return 1  # there is a worker for each core
+    return max(1, (os.cpu_count() or 1) // torch.cuda.device_count())
 
 
 def expected_metadata(parameters: Parameters, split: str) -> dict[str, str]:
     """What the shards of a split must say of themselves, wherever they are read."""
-    proxy = split.startswith("proxies/")
+    proxy, backbone = split.startswith("proxies/"), digest(artifacts.BACKBONE)
+    _, preprocessing = backbone_on(backbone, devices.device(), parameters.train.backbone)
     return {
-        "backbone": digest(artifacts.BACKBONE),
+        "backbone": backbone,
         "images": fetch.manifest_of(parameters).sets["validation" if proxy else split].sha256,
         "dtype": parameters.features.dtype,
+        "precision": parameters.features.precision,
+        "compiled": str(parameters.features.compile),
         **({"seed": str(parameters.seed)} if proxy else {}),
+        "preprocessing": json.dumps(preprocessing.as_json()),
     }
 
 
@@ -121,9 +170,9 @@ def code_digest(*modules: ModuleType) -> str:
     return sha.hexdigest()
 
 
-def finish(plan: list[Shard]) -> None:
+def finish(planned: list[Shard]) -> None:
     """Remove shards that are not in the plan."""
-    remove_others(artifacts.FEATURES, {shard.path for shard in plan})
+    remove_others(artifacts.FEATURES, {shard.path for shard in planned})
     for optional in ("outliers", "proxies"):  # DVC wants each of its outputs
         (artifacts.FEATURES / optional).mkdir(exist_ok=True)
 
@@ -134,7 +183,16 @@ def backbone_on(
 ) -> tuple[backbones.Classifier, backbones.Preprocessing]:
     """The backbone on a device, loaded once a process as long as its file stays the same."""
     backbone = backbones.load(artifacts.BACKBONE, spec)
+    if device.type == "cuda":  # the faster order for its convolutions
+        backbone.classifier.to(memory_format=torch.channels_last)
     return backbone.classifier.to(device), backbone.preprocessing
+
+
+@lru_cache(maxsize=16)
+def encoder_on(sha256: str, device: torch.device, spec: str, compiled: bool) -> nn.Module:
+    """The backbone's encoder on a device, compiled once a process if wanted."""
+    model, _ = backbone_on(sha256, device, spec)
+    return cast(nn.Module, torch.compile(model.encoder)) if compiled else model.encoder
 
 
 one_at_a_time = threading.Lock()  # tasks that start together must not all decode all images
@@ -167,7 +225,7 @@ def outlier_splits(parameters: Parameters) -> dict[str, str]:
 
 
 def load_outliers(parameters: Parameters) -> dict[str, Tensor]:
-    """Features of each proxy family and each real outlier set, by name; see `load_features`."""
+    """Features of each proxy family and each real outlier set, by name; see `load`."""
     splits = outlier_splits(parameters)
     loaded = load(parameters, *splits.values())
     return {name: features for name, (features, _) in zip(splits, loaded, strict=True)}

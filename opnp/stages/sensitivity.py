@@ -5,7 +5,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from opnp import artifacts, backbones, devices, energy, tensors
+from opnp import artifacts, devices, energy, tensors
 from opnp import features as shards
 from opnp import sensitivity as sensitivity_module
 from opnp.errors import InputError
@@ -73,14 +73,14 @@ def compute(parameters: Parameters, path: Path) -> bool:
     Rows in even and in odd places are summed apart: two halves of the training samples.
     """
     h, _, shard = shards.read_shard(path)
-    metadata = origin_of(parameters, path, shard)
+    metadata, file = origin_of(parameters, path, shard), sums_file(path)
     try:
-        if read_sums(sums_file(path))[1] == metadata:
+        if file.exists() and read_sums(file)[1] == metadata:
             return False
     except InputError:
-        pass
-    model = backbones.load(artifacts.BACKBONE, parameters.train.backbone).classifier
+        print(f"sensitivity: {file} is damaged, and made again", flush=True)
     device = devices.device()
+    model, _ = features.backbone_on(metadata["backbone"], device, parameters.train.backbone)
     weight, bias = model.head.weight, energy.bias_of(model.head)
     halves = (h[::2].to(device), h[1::2].to(device))
     with devices.deterministic(threads=1):
@@ -89,7 +89,7 @@ def compute(parameters: Parameters, path: Path) -> bool:
             for setting in metadata["settings"]
             for half in halves
         ]
-    write_sums(sums_file(path), sums, metadata)
+    write_sums(file, sums, metadata)
     return True
 
 
@@ -140,16 +140,16 @@ def read_sums(path: Path) -> tuple[list[SensitivitySums], dict[str, Any]]:
     return sums, metadata
 
 
-def merge(plan: list[Path]) -> list[Sensitivity]:
+def merge(planned: list[Path]) -> list[Sensitivity]:
     """Add the sums of all shards, in shard order, and write them as the sums of the whole."""
-    total, metadata = read_sums(sums_file(plan[0]))
-    for path in plan[1:]:
+    total, metadata = read_sums(sums_file(planned[0]))
+    for path in planned[1:]:
         total = [a + b for a, b in zip(total, read_sums(sums_file(path))[0], strict=True)]
     kept = {key: metadata[key] for key in ("backbone", "settings")}
     write_sums(artifacts.SENSITIVITY, total, kept)
     remove_others(
         artifacts.SENSITIVITY.parent,
-        {artifacts.SENSITIVITY, artifacts.CLIPS, *(sums_file(path) for path in plan)},
+        {artifacts.SENSITIVITY, artifacts.CLIPS, *(sums_file(path) for path in planned)},
     )
     return halves_together(total)
 
