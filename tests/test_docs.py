@@ -137,7 +137,8 @@ def test_the_exit_codes_it_names(
             "a is neither a file nor a folder",
         ),
         (
-            (*["fit", "--out", "n", "--model", "m", "--id-train", "a", "--id-val", "b", "--clip", "x"],),
+            ("fit", "--out", "n", "--model", "m", "--id-train", "a", "--id-val", "b",
+             "--clip", "x"),
             "--clip takes numbers",
         ),
         (("export", "--detector", "DETECTOR", "--out", "x", "--trust", "network:Network",
