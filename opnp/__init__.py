@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from opnp.detector import OPNP
     from opnp.errors import InputError
     from opnp.masks import PruningMask
+    from opnp.saved import SavedDetector, load
     from opnp.search import Grid, search_masks
     from opnp.sensitivity import neuron_sensitivity, parameter_sensitivity
 
@@ -19,6 +20,8 @@ __all__ = [
     "Grid",
     "InputError",
     "PruningMask",
+    "SavedDetector",
+    "load",
     "neuron_sensitivity",
     "parameter_sensitivity",
     "search_masks",
@@ -31,6 +34,8 @@ HOMES = {
     "Grid": "search",
     "InputError": "errors",
     "PruningMask": "masks",
+    "SavedDetector": "saved",
+    "load": "saved",
     "neuron_sensitivity": "sensitivity",
     "parameter_sensitivity": "sensitivity",
     "search_masks": "search",

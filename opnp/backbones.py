@@ -35,6 +35,7 @@ __all__ = [
     "Preprocessing",
     "build",
     "from_spec",
+    "is_factory",
     "load",
     "load_weights",
     "save",
@@ -467,6 +468,11 @@ def factory_of(spec: str) -> Callable[..., Any]:
     return factory
 
 
+def is_factory(spec: str) -> bool:
+    """Whether a spec names code of the user's."""
+    return spec not in NETWORKS and spec.partition(":")[0] not in ("torchvision", "timm")
+
+
 def torchvision_model(name: str) -> Callable[..., nn.Module]:
     from torchvision import models
 
@@ -733,8 +739,7 @@ def load(path: Path, factory: str | None = None) -> Backbone:
     state, metadata = tensors.load(path, "run `python -m flows.train` again")
     check_stated(path, metadata)
     name = metadata["spec"]["name"]
-    library = name.partition(":")[0]
-    if name not in NETWORKS and library not in ("torchvision", "timm") and name != factory:
+    if is_factory(name) and name != factory:
         raise InputError(
             f"{path} wants to run the code of {name}: name it yourself (train.backbone), if you "
             "trust it."

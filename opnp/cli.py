@@ -1,19 +1,26 @@
-"""The program `opnp`: `opnp compare` puts the detectors of all runs in MLflow side by side."""
+"""The program `opnp`: detectors for one's own model and images, and the runs in MLflow compared.
+
+Exit codes: 0, done; 1, the input is at fault, told in one sentence; 2, wrong options; 3, done, but
+some images could not be read.
+"""
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from shutil import rmtree
 from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from opnp.errors import InputError
+from opnp.files import write_json
 
 if TYPE_CHECKING:
+    from opnp.saved import SavedDetector
     from opnp.tracking import DetectorRun
 
 __all__ = ["app", "main"]
@@ -28,7 +35,11 @@ app = typer.Typer(
 
 @app.callback()
 def program() -> None:
-    """OOD detection by optimal parameter and neuron pruning; `make run` runs the pipeline."""
+    """OOD detection by optimal parameter and neuron pruning; `make run` runs the pipeline.
+
+    Exit codes: 0, done; 1, the input is at fault; 2, wrong options; 3, done, but some images could
+    not be read.
+    """
 
 
 @app.command()
@@ -62,7 +73,207 @@ def compare(
     elif markdown:
         print(as_markdown(table))
     else:
-        show(table)
+        show_table(table)
+
+
+Detector = Annotated[Path, typer.Option(help="A detector's folder, made by `opnp fit`.")]
+Trust = Annotated[
+    str | None, typer.Option(help="The module:factory that may run, if the model is one.")
+]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; else the GPU if there is one.")]
+BatchSize = Annotated[int, typer.Option(help="Images that go through the model at once.", min=1)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def fit(
+    out: Annotated[Path, typer.Option(help="The detector's folder.")],
+    model: Annotated[str | None, typer.Option(help="torchvision:NAME, module:factory, …")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="The model's weights: .safetensors, .pt or .pth.")
+    ] = None,
+    id_train: Annotated[Path | None, typer.Option(help="Training images, labelled or not.")] = None,
+    id_val: Annotated[Path | None, typer.Option(help="Other images of the same kind.")] = None,
+    from_run: Annotated[
+        bool, typer.Option("--from-run", help="Take it all from the pipeline's run in this folder.")
+    ] = False,
+    preprocessing: Annotated[
+        Path | None, typer.Option(help="JSON: size, mode, mean, std; else the weights' own.")
+    ] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="Names of the classes, one a line, in the logits' order.")
+    ] = None,
+    accept: Annotated[float, typer.Option(help="% of ID images the threshold accepts.")] = 95.0,
+    clip: Annotated[str, typer.Option(help="Percentiles to clip features at.")] = "none,80,90",
+    temperature: Annotated[str, typer.Option(help="Temperatures of the energy.")] = "1,2",
+    weights_low: Annotated[
+        str, typer.Option(help="% of the weights of lowest sensitivity to prune.")
+    ] = "0,10,30,50",
+    weights_high: Annotated[str, typer.Option(help="Of highest.")] = "0,0.2,0.5,1,2,3,5",
+    neurons_low: Annotated[str, typer.Option(help="The same of neurons.")] = "0,10,30",
+    neurons_high: Annotated[str, typer.Option(help="Of highest.")] = "0,1,2,5,10,20",
+    max_accuracy_drop: Annotated[
+        float, typer.Option(help="Points of ID accuracy that pruning may cost.", min=0)
+    ] = 1.0,
+    search_images: Annotated[
+        int, typer.Option(help="Validation images to choose the mask on at most.", min=1)
+    ] = 1000,
+    max_unreadable: Annotated[
+        int, typer.Option(help="Images that may be left out as unreadable.", min=0)
+    ] = 10,
+    seed: Annotated[int, typer.Option(help="Of proxy outliers and bootstraps.", min=0)] = 0,
+    device: Device = None,
+    batch_size: BatchSize = 64,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a detector.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a detector of a trained classifier and folders of images.
+
+    Folders below --id-val named like classes label its images; without them, agreement with the
+    unpruned model stands in for accuracy. A fit that was stopped goes on where it was.
+
+    Example: opnp fit --model torchvision:resnet50 --weights resnet50.pth --id-train train
+    --id-val val --out detector
+    """
+    from opnp import backbones, fitting, images, saved
+    from opnp.backbones import Preprocessing
+    from opnp.search import Grid
+
+    saved.check_place(out, overwrite)
+    if from_run:
+        if given := [path for path in (model, weights, id_train, id_val) if path is not None]:
+            raise InputError(f"--from-run takes no model and no images: leave {given[0]} out.")
+        from opnp.parameters import load as load_parameters
+        from opnp.stages import detector as of_run
+
+        made = of_run.from_run(load_parameters(), accept)
+    else:
+        if model is None or id_train is None or id_val is None:
+            raise InputError("Give --model, --id-train and --id-val, or --from-run.")
+        settings = fitting.Settings(
+            grid=Grid(
+                numbers("weights-low", weights_low),
+                numbers("weights-high", weights_high),
+                numbers("neurons-low", neurons_low),
+                numbers("neurons-high", neurons_high),
+            ),
+            clips=[
+                None if word == "none" else numbers("clip", word)[0] for word in clip.split(",")
+            ],
+            temperatures=numbers("temperature", temperature),
+            accept=accept,
+            max_accuracy_drop=max_accuracy_drop,
+            search_images=search_images,
+            max_unreadable=max_unreadable,
+            seed=seed,
+            batch_size=batch_size,
+        )
+        train, validation = images.find(id_train), images.find(id_val)
+        find_own_code()
+        backbone = backbones.from_spec(
+            model,
+            weights=weights,
+            preprocessing=Preprocessing.stated(preprocessing) if preprocessing else None,
+            classes=read_classes(classes),
+        )
+        features = out.with_name(f".{out.name}.features")
+        made = fitting.fit(backbone, train, validation, features, settings, device_named(device))
+    made = made.save(out, overwrite)
+    if not from_run:
+        rmtree(features)
+    told(made.describe(), as_json, describe)
+
+
+@app.command()
+def score(
+    paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
+    detector: Detector,
+    out: Annotated[Path, typer.Option(help="The table to write, .parquet.")],
+    trust: Trust = None,
+    device: Device = None,
+    batch_size: BatchSize = 64,
+    as_json: AsJson = False,
+) -> None:
+    """Score images: a table of file, score, is_ood and predicted class.
+
+    Larger scores mean OOD. Images that cannot be read are named and left out: exit code 3.
+
+    Example: opnp score --detector detector today/ extra.png --out scores.parquet
+    """
+    if out.suffix != ".parquet":
+        raise InputError(f"{out} is no .parquet file: name one with --out.")
+    from opnp import images, scoring
+
+    found = images.find(*paths)
+    summary = scoring.score(loaded(detector, trust, device), found, out, batch_size)
+    record = asdict(summary) | {"flagged": summary.flagged, "out": str(out)}
+    told(record, as_json, lambda of: f"{of['images']} images, {of['flagged']:.1f} % OOD: {out}")
+    unreadable(summary.unreadable)
+
+
+@app.command()
+def evaluate(
+    detector: Detector,
+    id_images: Annotated[Path, typer.Option("--id", help="ID images that fit has not seen.")],
+    ood: Annotated[list[str], typer.Option(help="NAME=PATH of an OOD set; may be repeated.")],
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the figures here.")
+    ] = None,
+    trust: Trust = None,
+    device: Device = None,
+    batch_size: BatchSize = 64,
+) -> None:
+    """Measure how well a detector tells OOD images from ID ones, beside the unpruned energy.
+
+    FPR95 is the share of OOD images that a threshold which keeps 95 % of the ID images lets pass.
+
+    Example: opnp evaluate --detector detector --id test --ood sketches=sketches --ood noise=noise
+    --json evaluation.json
+    """
+    from opnp import images, scoring
+
+    places = {name: path for name, _, path in (entry.partition("=") for entry in ood)}
+    if len(places) < len(ood) or not all(places) or not all(places.values()):
+        raise InputError("Every --ood is NAME=PATH, and every NAME another.")
+    sets = {name: images.find(path) for name, path in places.items()}
+    inside = images.find(id_images)
+    found = scoring.evaluate(loaded(detector, trust, device), inside, sets, batch_size)
+    if json_file:
+        write_json(json_file, found)
+    show_evaluation(found)
+    unreadable([each for of in (found["id"], *found["ood"].values()) for each in of["unreadable"]])
+
+
+@app.command()
+def show(
+    detector: Annotated[Path, typer.Argument(help="A detector's folder.")],
+    trust: Trust = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a detector is and how it was made; the folder is verified first.
+
+    Example: opnp show detector
+    """
+    told(loaded(detector, trust, "cpu").describe(), as_json, describe)
+
+
+@app.command()
+def export(
+    detector: Detector,
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    format: Annotated[str, typer.Option(help="torch (.pt2) or onnx.")] = "torch",
+    trust: Trust = None,
+) -> None:
+    """Write a detector as one program from images to logits and scores, compared with it.
+
+    It takes images in [0, 1], float32 (N, C, H, W), not normalized, any N.
+
+    Example: opnp export --detector detector --format onnx --out detector.onnx
+    """
+    from opnp import export as exporting
+
+    exporting.export(loaded(detector, trust, "cpu"), out, format)
+    print(f"{out}: images (N, C, H, W) → logits, score")
 
 
 def main() -> None:
@@ -71,6 +282,113 @@ def main() -> None:
         app()
     except InputError as error:
         sys.exit(f"error: {error}")
+
+
+def numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise InputError(f"--{option} takes numbers with commas between, not {text!r}.") from None
+
+
+def read_classes(path: Path | None) -> list[str] | None:
+    """What `--classes` names, one a line."""
+    if path is None:
+        return None
+    try:
+        return path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): correct --classes.") from None
+
+
+def find_own_code() -> None:
+    """Let modules be imported from here, as `python -m` does, when a user names code to run."""
+    sys.path.insert(0, str(Path.cwd()))
+
+
+def loaded(folder: Path, trust: str | None, device: str | None) -> "SavedDetector":
+    from opnp import saved
+
+    if trust is not None:
+        find_own_code()
+    return saved.load(folder, device_named(device), trust)
+
+
+def device_named(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"There is no device {name!r} here ({reason}): leave it out.") from None
+    return name
+
+
+def told(record: dict[str, Any], as_json: bool, words: Callable[[dict[str, Any]], str]) -> None:
+    print(json.dumps(record, indent=2) if as_json else words(record))
+
+
+def unreadable(images: Sequence[str]) -> None:
+    """Name the images that were left out, and say so with the exit code."""
+    if images:
+        print(*images, sep="\n", file=sys.stderr)
+        count = "1 image" if len(images) == 1 else f"{len(images)} images"
+        print(f"{count} could not be read.", file=sys.stderr)
+        raise typer.Exit(3)
+
+
+def describe(of: dict[str, Any]) -> str:
+    """What a detector is and how it was made, in words."""
+    threshold, mask, made, score = of["threshold"], of["mask"], of["made"], of["score"]
+    found, size = made["search"], of["preprocessing"]["size"]
+    clip = "" if score["clip"] is None else f", features clipped at {score['clip']:.4g}"
+    lines = {
+        "model": f"{of['model']['name']}, {of['features']} features, {len(of['classes'])} classes",
+        "images": f"{size} × {size}, {of['preprocessing']['mode']}",
+        "score": f"{score['name']}, T = {score['temperature']:g}{clip}; larger means OOD",
+        "threshold": f"{threshold['value']:.4g} ({threshold['low']:.4g} to {threshold['high']:.4g})"
+        f" accepts {threshold['accept']:g} % of {threshold['samples']} ID validation images",
+        "pruned": f"{mask['pruned']:.1f} % of the head: of the weights the lowest "
+        f"{mask['weights_low']:g} % and the highest {mask['weights_high']:g} %, of the neurons "
+        f"{mask['neurons_low']:g} % and {mask['neurons_high']:g} % ({mask['neuron_sensitivity']})",
+        "proxies": f"mean FPR95 {found['fpr95']:.1f} %, unpruned {found['unpruned']['fpr95']:.1f} %"
+        f"; best of {found['candidates']} masks within noise",
+        "accuracy": f"{found['accuracy']:.1f} %, unpruned {found['unpruned']['accuracy']:.1f} % "
+        f"(labels: {made['validation']['labels']})",
+        "made": f"{made['at']} by {made['by']} from {mask['training_images']} training images "
+        f"({made['train']['source']}) and {made['validation']['images']} validation images "
+        f"({made['validation']['source']})",
+        "versions": ", ".join(f"{name} {which}" for name, which in made["versions"].items()),
+        "digest": of["digest"],
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+
+def show_evaluation(of: dict[str, Any]) -> None:
+    """Print an evaluation as a table."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    table = RichTable(box=SIMPLE_HEAD)
+    heads = ("in %", "flagged", "FPR95", "AUROC", "AUPR-in", "energy FPR95", "energy AUROC")
+    for head in heads:
+        table.add_column(head, justify="left" if head == heads[0] else "right")
+    for name, each in (*of["ood"].items(), ("mean", of["mean"])):
+        figures = [each["flagged"], *(each[metric] for metric in ("fpr95", "auroc", "aupr_in"))]
+        figures += [each["energy"][metric] for metric in ("fpr95", "auroc")]
+        table.add_row(name, *(f"{figure:.1f}" for figure in figures))
+    inside = of["id"]
+    line = f"ID: {inside['images']} images, {inside['flagged']:.1f} % flagged OOD"
+    if inside["accuracy"] is not None:
+        line += f", accuracy {inside['accuracy']:.1f} %"
+        line += f" (unpruned {inside['accuracy_unpruned']:.1f} %)"
+    Console().print(table)
+    print(line)
 
 
 @dataclass(frozen=True)
@@ -225,7 +543,7 @@ def as_markdown(table: Table) -> str:
     return "\n".join([f"{table.title}.", "", *rows])
 
 
-def show(table: Table) -> None:
+def show_table(table: Table) -> None:
     """Print the table, in as many parts as the terminal's width asks for."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console

@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from opnp.errors import InputError
 
 __all__ = [
     "atomic",
+    "atomic_folder",
     "digest",
     "full_disk",
     "read_json",
@@ -42,6 +44,33 @@ def atomic(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty temporary neighbour of the folder ``path`` that takes its place only if the
+    block succeeds; what was there before is removed then.
+
+    Raises:
+        InputError: the disk is full.
+    """
+    path = Path(path)
+    temporary, before = (path.with_name(f".{path.name}.{os.getpid()}.{n}") for n in ("part", "old"))
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if path.exists():  # a folder cannot be renamed onto one that holds something
+            path.rename(before)
+        temporary.rename(path)
+    except Exception as error:
+        if reason := full_disk(error, path):
+            raise InputError(reason) from error
+        raise
+    finally:
+        if before.exists() and not path.exists():
+            before.rename(path)
+        for leftover in (temporary, before):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def full_disk(error: BaseException, path: Path | None = None) -> str | None:

@@ -29,6 +29,7 @@ __all__ = [
     "fpr95_auroc",
     "ood_metrics",
     "tpr_at_fpr",
+    "weighted_metrics",
 ]
 
 BLOCK = 2_000_000  # weights held at once by `bootstrap`, which bounds its memory

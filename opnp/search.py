@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, product
-from math import prod
+from math import isnan, prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,17 @@ from opnp.masks import Percentages, PruningMask, check_percentages, pruned_count
 from opnp.metrics import bootstrap_mean_fpr95, fpr95_auroc
 from opnp.sensitivity import NeuronSensitivity, Sensitivity
 
-__all__ = ["Candidate", "Choice", "Grid", "SearchResult", "Trial", "search_masks"]
+__all__ = [
+    "Candidate",
+    "Choice",
+    "Grid",
+    "SearchResult",
+    "Trial",
+    "candidate_record",
+    "choice_record",
+    "search_masks",
+    "trial_record",
+]
 
 MEMORY = 2**30  # bytes
 BLOCK = 2**21  # numbers in the table of a block of samples: more leave the processor's caches
@@ -57,6 +68,21 @@ class Candidate:
     neuron_sensitivity: NeuronSensitivity = "mean"
     clip: float | None = None
     temperature: float = 1.0
+
+    @classmethod
+    def stated(cls, record: Mapping[str, Any]) -> "Candidate":
+        """The candidate of a record that `candidate_record` made.
+
+        Raises:
+            KeyError: it lacks something.
+        """
+        return cls(
+            (record["weights_low"], record["weights_high"]),
+            (record["neurons_low"], record["neurons_high"]),
+            record["neuron_sensitivity"],
+            record["threshold"],
+            record["temperature"],
+        )
 
     def record(self) -> dict[str, float | str]:
         """What it prunes, under the names of `Grid`."""
@@ -616,3 +642,35 @@ def instabilities(
         by_candidate = {t.candidate: t.mean_fpr95 for t in judge.trials(halves, candidates)}
         figures.append(np.array([by_candidate[candidate] for candidate in candidates]))
     return np.abs(figures[0] - figures[1]) / 2
+
+
+def candidate_record(
+    candidate: Candidate, percentiles: Mapping[float | None, float | None]
+) -> dict[str, Any]:
+    """A candidate as files have it; ``percentiles`` names the clips by their thresholds."""
+    return candidate.record() | {
+        "clip": percentiles[candidate.clip],
+        "threshold": candidate.clip,
+        "temperature": candidate.temperature,
+    }
+
+
+def trial_record(trial: Trial, percentiles: Mapping[float | None, float | None]) -> dict[str, Any]:
+    return candidate_record(trial.candidate, percentiles) | {
+        "fpr95": trial.mean_fpr95,
+        "auroc": trial.mean_auroc,
+        "accuracy": trial.accuracy,
+        "pruned": 100 * trial.pruned,
+    }
+
+
+def choice_record(
+    choice: Choice, percentiles: Mapping[float | None, float | None]
+) -> dict[str, Any]:
+    """The chosen trial and how sure the choice was, as files have it."""
+    return trial_record(choice.trial, percentiles) | {
+        "interval": {"low": choice.interval[0], "high": choice.interval[1]},
+        "within_noise": choice.within_noise,
+        "instability": None if isnan(choice.instability) else choice.instability,
+        "lowest": choice.lowest.mean_fpr95,
+    }

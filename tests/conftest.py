@@ -165,3 +165,22 @@ def call(prefect_api: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], s
         return stop.value.code
 
     return run
+
+
+@pytest.fixture(scope="session")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A user's trained model and images, see `tests.own_model`; its module can be imported."""
+    from tests import own_model  # torch, which not all tests want
+
+    folder = own_model.make(tmp_path_factory.mktemp("own"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def detector_folder(own: Path) -> Path:
+    """A detector fitted to it, with a small search; not to be changed."""
+    from tests import own_model
+
+    return own_model.fitted(own, own / "detector")

@@ -15,17 +15,21 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+import opnp
 from flows import pipeline as whole
 from flows import versions
-from opnp import artifacts, backbones, parameters, stages, tables, tensors, tracking
+from opnp import artifacts, backbones, datasets, parameters, stages, tables, tensors, tracking
 from opnp import features as shards
-from opnp.datasets import read_manifest
+from opnp.datasets import data_file, read_manifest
 from opnp.errors import InputError
 from opnp.files import digest, remove_others
 from opnp.masks import PruningMask
-from opnp.search import setting_of
+from opnp.search import Candidate, setting_of
 from opnp.sensitivity import SensitivitySums
+from opnp.stages import detector
 from tests.conftest import QUICK, ROOT, run_program, set_parameters
+from tests.test_docs import opnp as run_opnp
+from tests.test_docs import python
 
 # A small search and a quick comparison, where another thing is asked about.
 SMALL: dict[str, Any] = {
@@ -146,7 +150,7 @@ def test_what_the_search_chose_is_among_its_trials_and_in_its_masks(workspace: P
         assert record["instability"] >= 0
     measured = stages.sensitivity.read(chosen)
     for method, path in (("opnp", artifacts.MASK), ("opnp+react", artifacts.MASK_REACT)):
-        candidate = stages.evaluate.chosen_candidate(found[method])
+        candidate = Candidate.stated(found[method])
         mask, expected = PruningMask.load(path), candidate.mask(setting_of(measured, candidate))
         assert torch.equal(mask.weights, expected.weights)
         assert torch.equal(mask.neurons, expected.neurons)
@@ -707,3 +711,38 @@ def test_every_detector_of_the_parameters_is_compared(workspace: Path) -> None:
     tracking.record_run(chosen, {})
     children = mlflow_runs(mlflow_runs()[0].info.run_id)
     assert {run.data.tags["detector"] for run in children} == set(everything)
+
+
+@pytest.mark.parametrize("method", ["opp", "opnp+react"])
+def test_a_detector_of_the_run_scores_as_evaluate_does(
+    method: str, workspace: Path, tmp_path: Path
+) -> None:
+    made = detector.from_run(parameters.load(), method=method).save(tmp_path / "detector")
+    loaded = opnp.load(tmp_path / "detector")
+    assert loaded.digest == made.digest
+    table = pq.read_table(artifacts.SCORES, filters=[("set", "==", "test")])
+    pixels, labels = datasets.read(data_file("test"), "L", 8)
+    scores = loaded.predict(datasets.unit(pixels))
+    np.testing.assert_allclose(scores.score, table.column(method).to_numpy(), atol=1e-4)
+    assert (scores.label == labels).mean() > 0.9
+    found = read(workspace / artifacts.SEARCH)[method]
+    assert loaded.made["search"]["fpr95"] == found["fpr95"]
+    pixels, _ = datasets.read(data_file("validation"), "L", 8)
+    accepted = ~loaded.predict(datasets.unit(pixels)).is_ood
+    assert 0 <= accepted.mean() - 0.95 < 2 / len(pixels)
+
+
+def test_the_page_about_detectors_on_runs(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    exec(python("detector.md")[1], {})
+    words = ["opnp", "fit", "--from-run", "--out", "other", "--json"]
+    assert run_opnp(words, monkeypatch) == 0
+    printed = json.loads(capsys.readouterr().out)
+    by_python, by_program = opnp.load("detector"), opnp.load("other")
+    assert printed == json.loads(json.dumps(by_program.describe()))
+    assert by_python.threshold == by_program.threshold
+    assert torch.equal(by_python.mask.weights, by_program.mask.weights)
+    set_parameters(workspace, {"search.max_accuracy_drop": 5.0})
+    with pytest.raises(InputError, match="made with other parameters in section search"):
+        detector.from_run(parameters.load())

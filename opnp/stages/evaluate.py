@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from opnp import artifacts, backbones, devices, energy, tables
 from opnp.errors import InputError, UnavailableError
-from opnp.files import atomic, digest, read_json, write_csv, write_json
+from opnp.files import atomic, read_json, write_csv, write_json
 from opnp.parameters import Parameters
 from opnp.progress import track
 from opnp.search import (
     Candidate,
     Judge,
+    candidate_record,
     candidates_of,
     setting_of,
 )
@@ -39,16 +40,8 @@ def run(parameters: Parameters) -> dict[str, Any]:
     model, preprocessing = backbone.classifier, backbone.preprocessing
     trained = TrainedModel(model.head, temperature, model, preprocessing.std)
     measured = sensitivity.read(parameters)
-    found = read_json(artifacts.SEARCH, "python -m flows.search")
-    for key, value, what in (
-        ("backbone", digest(artifacts.BACKBONE), "another backbone"),
-        ("parameters", parameters.search.model_dump(), "other parameters in section search"),
-    ):
-        if found.get(key) != value:
-            raise InputError(
-                f"{artifacts.SEARCH} was made with {what}: run `python -m flows.search`."
-            )
-    chosen = {method: chosen_candidate(found[method]) for method in search.METHODS}
+    found = search.read(parameters)
+    chosen = {method: Candidate.stated(found[method]) for method in search.METHODS}
 
     @cache  # the training features serve twice
     def loaded(split: str) -> tuple[Tensor, Tensor]:
@@ -200,17 +193,6 @@ def run(parameters: Parameters) -> dict[str, Any]:
     return result
 
 
-def chosen_candidate(record: dict[str, Any]) -> Candidate:
-    """The candidate of a record that `search` wrote."""
-    return Candidate(
-        (record["weights_low"], record["weights_high"]),
-        (record["neurons_low"], record["neurons_high"]),
-        record["neuron_sensitivity"],
-        record["threshold"],
-        record["temperature"],
-    )
-
-
 def pruning_to_try(parameters: Parameters, chosen: dict[str, Candidate]) -> list[Candidate]:
     """What a detector may prune in combination: what the search chose, and each end by itself.
 
@@ -248,7 +230,7 @@ def oracles(
     """
     rows = pq.read_table(artifacts.TRIALS).to_pylist()
     floor = rows[0]["accuracy"] - parameters.search.max_accuracy_drop - 1e-9
-    accurate = {chosen_candidate(row) for row in rows if row["accuracy"] >= floor}
+    accurate = {Candidate.stated(row) for row in rows if row["accuracy"] >= floor}
     candidates = candidates_of(measured, search.grid_of(parameters))
     tested = Judge.of(head, h, ood).trials(measured, candidates)
     percentiles = {each["threshold"]: each["clip"] for each in sensitivity.settings_of(parameters)}
@@ -263,7 +245,7 @@ def oracles(
         ]
         lowest = min(eligible, key=lambda candidate: by_candidate[candidate])
         gain, kept = unpruned - by_candidate[lowest], unpruned - by_candidate[chosen[method]]
-        found[method] = search.candidate_record(lowest, percentiles) | {
+        found[method] = candidate_record(lowest, percentiles) | {
             "fpr95": by_candidate[lowest],
             "kept": 100 * kept / gain if gain > 0 else 100.0,
         }

@@ -3,13 +3,13 @@
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
-from math import isnan
 from typing import Any
 
 import pyarrow as pa
 
 from opnp import artifacts, backbones, devices, tables
-from opnp.files import digest, write_json
+from opnp.errors import InputError
+from opnp.files import digest, read_json, write_json
 from opnp.parameters import Parameters
 from opnp.progress import track
 from opnp.search import (
@@ -17,8 +17,10 @@ from opnp.search import (
     Grid,
     SearchResult,
     Trial,
+    choice_record,
     search_masks,
     setting_of,
+    trial_record,
 )
 from opnp.stages import features, sensitivity
 
@@ -69,13 +71,7 @@ def run(parameters: Parameters) -> SearchResult:
         mask.save(path, about)
     record = {"unpruned": trial_record(result.trials[0], percentiles)}
     for method in METHODS:
-        choice = result.choices[method]
-        record[method] = trial_record(choice.trial, percentiles) | {
-            "interval": {"low": choice.interval[0], "high": choice.interval[1]},
-            "within_noise": choice.within_noise,
-            "instability": None if isnan(choice.instability) else choice.instability,
-            "lowest": choice.lowest.mean_fpr95,
-        }
+        record[method] = choice_record(result.choices[method], percentiles)
     write_json(
         artifacts.SEARCH,
         {
@@ -92,6 +88,24 @@ def run(parameters: Parameters) -> SearchResult:
     return result
 
 
+def read(parameters: Parameters) -> dict[str, Any]:
+    """What `run` wrote of its choices.
+
+    Raises:
+        InputError: it is missing, or of another backbone or other parameters.
+    """
+    found: dict[str, Any] = read_json(artifacts.SEARCH, "python -m flows.search")
+    for key, value, what in (
+        ("backbone", digest(artifacts.BACKBONE), "another backbone"),
+        ("parameters", parameters.search.model_dump(), "other parameters in section search"),
+    ):
+        if found.get(key) != value:
+            raise InputError(
+                f"{artifacts.SEARCH} was made with {what}: run `python -m flows.search`."
+            )
+    return found
+
+
 def grid_of(parameters: Parameters) -> Grid:
     settings = parameters.search
     return Grid(
@@ -101,26 +115,6 @@ def grid_of(parameters: Parameters) -> Grid:
         settings.neurons_high,
         settings.neuron_sensitivity,
     )
-
-
-def candidate_record(
-    candidate: Candidate, percentiles: Mapping[float | None, float | None]
-) -> dict[str, Any]:
-    """A candidate as files have it; ``percentiles`` names the clips by their thresholds."""
-    return candidate.record() | {
-        "clip": percentiles[candidate.clip],
-        "threshold": candidate.clip,
-        "temperature": candidate.temperature,
-    }
-
-
-def trial_record(trial: Trial, percentiles: Mapping[float | None, float | None]) -> dict[str, Any]:
-    return candidate_record(trial.candidate, percentiles) | {
-        "fpr95": trial.mean_fpr95,
-        "auroc": trial.mean_auroc,
-        "accuracy": trial.accuracy,
-        "pruned": 100 * trial.pruned,
-    }
 
 
 def write_trials(trials: list[Trial], percentiles: Mapping[float | None, float | None]) -> None:
