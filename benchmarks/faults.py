@@ -176,6 +176,13 @@ class Interrupted:
         lines = (self.folder / "errors.txt").read_text().splitlines()
         return process.returncode, lines[-1] if lines else "", len(left)
 
+    def make_room(self, aim: int) -> None:
+        """Remove the last sums, where a run has made more than ``aim`` before it was ended."""
+        sums = sorted(path for path in self.kept if path.suffix == ".safetensors")
+        for path in sums[len(sums) - max(0, len(self.kept) - aim) :]:
+            (self.folder / path).unlink()
+            del self.kept[path]
+
     def look(self) -> None:
         """Note which shards were made again since the last look."""
         found = shards(self.folder)
@@ -204,6 +211,8 @@ def measured(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     aims += drawn.sample(range(first, total - 6), late)
     told: dict[signal.Signals, tuple[int, str, int]] = {}
     for aim, number in zip(sorted(aims), ends, strict=True):
+        if aim >= first:
+            runs.make_room(aim)
         told[number] = runs.end(max(aim, len(runs.kept)), number)
         begun = f"{number.name} at {len(runs.kept)} of {total} shards, in {runs.seconds[-1]:.0f} s"
         print(f"{begun}; made twice so far: {len(runs.twice)}", file=sys.stderr, flush=True)

@@ -51,9 +51,18 @@ def changed(stage: str) -> bool:
 
 
 def record(stage: str) -> None:
-    """Record the stage's outputs in dvc.lock and DVC's cache, as ``dvc repro`` would have."""
+    """Record the stage's outputs in dvc.lock and DVC's cache, as ``dvc repro`` would have.
+
+    Raises:
+        InputError: the cache could not take all of them; the next run records them again.
+    """
     with repository() as repo:
         repo.commit(target=stage, force=True)
+    if changed(stage):  # DVC logs what its cache could not take, and goes on
+        raise InputError(
+            f"DVC's cache could not take all outputs of {stage}, for the reason in the lines above "
+            "(a full disk?): make room or mend it, and run again, which goes on from here."
+        )
 
 
 def recorded_data() -> dict[str, Any]:
