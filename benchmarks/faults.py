@@ -5,9 +5,10 @@ In a new clone of this repository ``python -m flows.pipeline`` runs on the digit
 its end. In another clone it is killed again and again (SIGKILL to it, its children and its own
 Prefect server), each time when as many shards are there as were drawn, up to 20 ms later; every run
 goes on from what the last has left. SIGINT and SIGTERM stop it in between, and the last run runs to
-its end. What is committed here is run, with this interpreter's packages. Goals: the same bits, no
-whole shard made twice, and signals that end a run in one sentence. Where one is missed the exit
-code is 1.
+its end. Sums take so little time that runs overshoot: before a run that is to be ended among them
+the last ones are removed. What is committed here is run, with this interpreter's packages. Goals:
+the same bits, no whole shard made twice, and signals that end a run in one sentence. Where one is
+missed the exit code is 1.
 
 Run ``python -m benchmarks.faults [--kills N] [--seed N] [--json]``; a kill costs about 15 s.
 """
