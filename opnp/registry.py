@@ -18,7 +18,7 @@ from opnp.errors import InputError
 from opnp.saved import SavedDetector
 from opnp.tracking import experiment_name, first_line, log_model, quiet_mlflow, tracking_uri
 
-__all__ = ["CHALLENGER", "CHAMPION", "champion", "load", "promote", "register", "rollback"]
+__all__ = ["CHALLENGER", "CHAMPION", "champion", "load", "promote", "register", "rollback", "uri"]
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 REPLACED, DIGEST = "replaced", "detector.digest"
@@ -146,6 +146,20 @@ def load(
         )
         (detector,) = Path(folder).iterdir()
         return saved.load(detector, device, trust)
+
+
+def uri(alias: str) -> str:
+    """Of the model that an alias names, for MLflow in this process, which then knows its store.
+
+    Raises:
+        InputError: no version has the alias, or MLflow cannot be reached.
+    """
+    client, name = registry(), experiment_name()
+    with told():
+        if alias not in aliases_of(client, name):
+            raise InputError(f"No version of {name} is {alias}: see `opnp register`.")
+    quiet_mlflow().set_tracking_uri(tracking_uri())
+    return f"models:/{name}@{alias}"
 
 
 def registry() -> Any:

@@ -96,7 +96,7 @@ class Served:
             raise InputError("There are no images to score: give at least one.")
         if len(images) > limits.images:
             raise InputError(
-                f"A request of {len(images)} images has more than the {limits.images} that one may have."
+                f"A request of {len(images)} images has more than the {limits.images} allowed."
             )
         whole = [as_bytes(image, f"image {row}") for row, image in enumerate(images)]
         for row, data in enumerate(whole):
