@@ -7,6 +7,7 @@ weights are pruned.
 """
 
 import argparse
+from collections.abc import Callable
 from statistics import median
 from typing import Any
 
@@ -55,7 +56,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     def score(detector: SavedDetector) -> list[Any]:
         return [detector.predict(x) for x in batches]
 
-    works = {
+    works: dict[str, Callable[[], Any]] = {
         "classify": classify,
         "score": lambda: score(plain),
         "score, clipped": lambda: score(clipped),
