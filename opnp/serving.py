@@ -64,7 +64,7 @@ class Served:
         """Score encoded images.
 
         Args:
-            model_input: a data frame with the column ``image``, or a list; bytes or base64.
+            model_input: a data frame with the column ``image``, of bytes or base64.
             params: none are known.
 
         Returns:
@@ -78,7 +78,7 @@ class Served:
         from mlflow.exceptions import MlflowException
 
         try:
-            found = self.detector.score(self.opened(encoded(model_input)))
+            found = self.detector.score(self.opened(list(model_input["image"])))
         except InputError as error:
             raise MlflowException.invalid_parameter_value(str(error)) from None
         return pd.DataFrame(
@@ -92,7 +92,7 @@ class Served:
     def opened(self, images: Sequence[Any]) -> list[Image.Image]:
         """Decode images, after a look at how many, how long and how large they all are."""
         limits = self.limits
-        if not len(images):
+        if not images:
             raise InputError("There are no images to score: give at least one.")
         if len(images) > limits.images:
             raise InputError(
@@ -106,19 +106,6 @@ class Served:
                 )
             check_pixels(data, f"image {row}", limits.pixels)
         return [decode(data, f"image {row}") for row, data in enumerate(whole)]
-
-
-def encoded(model_input: Any) -> list[Any]:
-    """The images of a request, whichever way MLflow hands them over."""
-    if hasattr(model_input, "columns"):
-        if "image" not in model_input.columns:
-            raise InputError("The column `image` is missing: give each image's bytes in it.")
-        return list(model_input["image"])
-    if isinstance(model_input, dict):
-        if "image" not in model_input:
-            raise InputError("The column `image` is missing: give each image's bytes in it.")
-        model_input = model_input["image"]
-    return [model_input] if isinstance(model_input, bytes | str) else list(model_input)
 
 
 def as_bytes(image: Any, where: str) -> bytes:

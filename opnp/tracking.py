@@ -256,10 +256,11 @@ def log_waiting() -> dict[Path, Exception | None]:
 
 
 def quiet_mlflow() -> Any:
-    """MLflow, which takes seconds to import, without its news of database migrations."""
+    """MLflow, which takes seconds to import, without its news of migrations and its progress."""
     import logging
 
-    for name in ("alembic", "mlflow.store.db.utils"):
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.pyfunc"):
         logging.getLogger(name).setLevel(logging.WARNING)
     import mlflow
 
