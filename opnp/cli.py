@@ -276,6 +276,63 @@ def export(
     print(f"{out}: images (N, C, H, W) → logits, score")
 
 
+@app.command()
+def register(
+    detector: Detector,
+    alias: Annotated[str, typer.Option(help="What the version is named.")] = "challenger",
+    trust: Trust = None,
+) -> None:
+    """Log a detector as an MLflow model and register it.
+
+    Example: opnp register --detector detector
+    """
+    from opnp import registry
+
+    if trust is not None:
+        find_own_code()
+    print(f"version {registry.register(detector, alias, trust=trust)} is {alias}")
+
+
+@app.command()
+def promote(
+    version: Annotated[str | None, typer.Argument(help="Else the challenger.")] = None,
+) -> None:
+    """Make a registered version champion, and remember the one before.
+
+    Example: opnp promote
+    """
+    from opnp import registry
+
+    print(f"version {registry.promote(version)} is champion")
+
+
+@app.command()
+def rollback() -> None:
+    """Bring back the champion before this one.
+
+    Example: opnp rollback
+    """
+    from opnp import registry
+
+    print(f"version {registry.rollback()} is champion")
+
+
+@app.command()
+def serve(
+    alias: Annotated[str, typer.Option(help="Which registered version.")] = "champion",
+    host: Annotated[str, typer.Option(help="0.0.0.0 lets others in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Where it listens.", min=1, max=65535)] = 5000,
+    max_bytes: Annotated[int, typer.Option(help="Of a request.", min=1)] = 50_000_000,
+) -> None:
+    """Answer MLflow's protocol over HTTP, with a limit on the size of requests.
+
+    Example: opnp serve --port 5000
+    """
+    from opnp import registry, serving
+
+    serving.serve(registry.uri(alias), host, port, max_bytes)
+
+
 def main() -> None:
     """Run the program; what is wrong with the input is told in one sentence."""
     try:

@@ -31,6 +31,7 @@ __all__ = [
     "begun",
     "detector_runs",
     "experiment_name",
+    "log_model",
     "log_or_wait",
     "log_waiting",
     "record_run",
@@ -246,9 +247,8 @@ def log_waiting() -> dict[Path, Exception | None]:
     outcomes: dict[Path, Exception | None] = {}
     for folder in waiting():
         try:
-            client, name = mlflow.MlflowClient(tracking_uri()), experiment_name()
-            known = client.get_experiment_by_name(name)
-            log(client, known.experiment_id if known else client.create_experiment(name), folder)
+            client = mlflow.MlflowClient(tracking_uri())
+            log(client, experiment_id(client), folder)
             shutil.rmtree(folder)
             outcomes[folder] = None
         except Exception as error:  # whatever the server, the network, its database or a disk raise
@@ -257,10 +257,11 @@ def log_waiting() -> dict[Path, Exception | None]:
 
 
 def quiet_mlflow() -> Any:
-    """MLflow, which takes seconds to import, without its news of database migrations."""
+    """MLflow, which takes seconds to import, without its news of migrations and its progress."""
     import logging
 
-    for name in ("alembic", "mlflow.store.db.utils"):
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.pyfunc"):
         logging.getLogger(name).setLevel(logging.WARNING)
     import mlflow
 
@@ -320,6 +321,75 @@ def log_detectors(client: Any, experiment: str, parent: str, values: dict[str, A
         if run.info.status != "FINISHED":
             log_values(client, run.info.run_id, values["time"], record)
             client.set_terminated(run.info.run_id)
+
+
+def log_model(
+    client: Any,
+    folder: Path,
+    run: str | None = None,
+    trust: str | None = None,
+    metrics: dict[str, float] | None = None,
+) -> Any:
+    """Log a detector's folder as a model of the experiment, with the figures of its search.
+
+    Args:
+        client: of MLflow.
+        folder: the detector.
+        run: id of the run that made it; without one a run is made for it.
+        trust: the ``package.module:factory`` that may run, if its model is one.
+        metrics: to show beside the model, with those of its search.
+
+    Returns:
+        MLflow's `LoggedModel`.
+
+    Raises:
+        InputError: the folder is no detector.
+    """
+    from tempfile import TemporaryDirectory
+
+    from mlflow.entities import LoggedModelOutput, Metric
+    from mlflow.models import Model
+
+    from opnp import serving
+    from opnp.saved import load
+
+    about = load(folder, trust=trust).describe()
+    backbone = str(about["model"]["name"])
+    found, now = about["made"]["search"], int(time.time() * 1000)
+    experiment = experiment_id(client)
+    tags = {"backbone": backbone, "detector.digest": about["digest"]}
+    own = run is None
+    if run is None:
+        run = str(client.create_run(experiment, now, tags, f"detector-{backbone}").info.run_id)
+    clip = about["score"]["clip"]
+    stated = {"backbone": backbone, "clip": clip, "temperature": about["score"]["temperature"]}
+    model = client.create_logged_model(
+        experiment, "detector", run, tags, {key: str(value) for key, value in stated.items()}
+    )
+    with TemporaryDirectory() as temporary:
+        path = Path(temporary) / "model"
+        card = Model(artifact_path=model.artifact_location, run_id=run, model_id=model.model_id)
+        serving.save(folder, path, trust, mlflow_model=card)
+        client.log_model_artifacts(model.model_id, str(path))
+    client.finalize_logged_model(model.model_id, "READY")
+    client.log_outputs(run, [LoggedModelOutput(model.model_id, 0)])
+    figures = {f"search/{key}": found[key] for key in ("fpr95", "auroc", "accuracy", "pruned")}
+    figures |= {"threshold": about["threshold"]["value"], **(metrics or {})}
+    shown = [
+        Metric(key, float(value), now, 0, model_id=model.model_id, run_id=run)
+        for key, value in figures.items()
+    ]
+    client.log_batch(run, shown)
+    if own:
+        client.set_terminated(run)
+    return model
+
+
+def experiment_id(client: Any) -> str:
+    """Of the experiment, which is made if there is none yet."""
+    name = experiment_name()
+    known = client.get_experiment_by_name(name)
+    return str(known.experiment_id if known else client.create_experiment(name))
 
 
 def log_values(client: Any, run: str, time: int, values: dict[str, Any]) -> None:
