@@ -13,7 +13,7 @@ from opnp.datasets import Manifest, data_file
 from opnp.errors import InputError
 from opnp.files import atomic, full_disk
 
-__all__ = ["changed", "check_data", "data_changed", "record", "record_data"]
+__all__ = ["changed", "check_data", "data_changed", "push", "record", "record_data"]
 
 DATA_FILE = Path("data.dvc")
 
@@ -54,6 +54,15 @@ def record(stage: str) -> None:
     """Record the stage's outputs in dvc.lock and DVC's cache, as ``dvc repro`` would have."""
     with repository() as repo:
         repo.commit(target=stage, force=True)
+
+
+def push() -> None:
+    """Push what is recorded to DVC's default remote; nothing where none is set."""
+    if not Path(".dvc").is_dir():
+        return
+    with repository() as repo:
+        if repo.config["core"].get("remote"):
+            repo.push()
 
 
 def recorded_data() -> dict[str, Any]:
