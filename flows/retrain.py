@@ -16,6 +16,7 @@ from flows.fetch import fetch
 from flows.program import alone, program
 from flows.stage import hide_what_is_told, timed
 from opnp import contest, parameters, registry, saved
+from opnp.backbones import is_factory
 from opnp.contest import Verdict
 from opnp.errors import InputError
 from opnp.parameters import Parameters
@@ -31,7 +32,7 @@ DECISION = "decision"  # of a version, which is judged once
 
 def trusted(chosen: Parameters) -> str | None:
     """The factory that the workspace's own parameters name, if its backbone is one."""
-    return chosen.train.backbone if ":" in chosen.train.backbone else None
+    return chosen.train.backbone if is_factory(chosen.train.backbone) else None
 
 
 def challenger(chosen: Parameters) -> SavedDetector:
