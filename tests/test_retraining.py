@@ -2,7 +2,6 @@
 
 import copy
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ def disturbed(detector: SavedDetector, noise: float) -> SavedDetector:
 @pytest.fixture
 def chosen(
     place: Path, tmp_path: Path, prefect_api: str, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Parameters]:
+) -> Parameters:
     """Parameters whose model is the user's, in a folder with an MLflow of its own."""
     shutil.copytree(place / "frozen", tmp_path / "frozen")
     monkeypatch.chdir(tmp_path)
@@ -63,7 +62,7 @@ def chosen(
     found = parameters.load(place / "params.yaml")
     train = found.train.model_copy(update={"backbone": own_model.SPEC})
     settings = found.retrain.model_copy(update={"bootstrap": 200, "min_images": 20})
-    yield found.model_copy(update={"train": train, "retrain": settings})
+    return found.model_copy(update={"train": train, "retrain": settings})
 
 
 def aliases() -> dict[str, str]:
