@@ -13,7 +13,7 @@ from opnp.datasets import Manifest, data_file
 from opnp.errors import InputError
 from opnp.files import atomic, full_disk
 
-__all__ = ["changed", "check_data", "data_changed", "record", "record_data"]
+__all__ = ["changed", "check_data", "data_changed", "push", "record", "record_data"]
 
 DATA_FILE = Path("data.dvc")
 
@@ -63,6 +63,15 @@ def record(stage: str) -> None:
             f"DVC's cache could not take all outputs of {stage}, for the reason in the lines above "
             "(a full disk?): make room or mend it, and run again, which goes on from here."
         )
+
+
+def push() -> None:
+    """Push what is recorded to DVC's default remote; nothing where none is set."""
+    if not Path(".dvc").is_dir():
+        return
+    with repository() as repo:
+        if repo.config["core"].get("remote"):
+            repo.push()
 
 
 def recorded_data() -> dict[str, Any]:

@@ -27,6 +27,7 @@ __all__ = [
     "calibration",
     "calibration_intervals",
     "fpr95_auroc",
+    "interval",
     "ood_metrics",
     "tpr_at_fpr",
     "weighted_metrics",

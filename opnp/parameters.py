@@ -228,8 +228,18 @@ class Engine(Section):
         return self
 
 
+class Retrain(Section):
+    """When a challenger replaces the champion, and when the monitor asks for one."""
+
+    evaluation: str = Field("frozen", min_length=1)
+    max_accuracy_drop: float = Field(0.0, ge=0, le=100)
+    bootstrap: Positive = 1000
+    max_flagged: float = Field(20.0, ge=0, le=100)
+    min_images: Positive = 100
+
+
 class Parameters(Section):
-    """All parameters of a run: one section for each stage that has any, and `engine`."""
+    """All parameters of a run: one section for each stage that has any, `engine`, `retrain`."""
 
     seed: Seed = 0
     data: Data
@@ -239,6 +249,7 @@ class Parameters(Section):
     search: Search
     evaluate: Evaluate
     engine: Engine = Engine()
+    retrain: Retrain = Retrain()
 
     @model_validator(mode="after")
     def consistent(self) -> Self:

@@ -1,0 +1,123 @@
+"""Score new production images with the champion, and ask for a retraining where too many are OOD.
+
+Images are known by their SHA-256, and counted once for as long as they lie in the folder.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from prefect.events import emit_event
+
+from flows import server
+from flows.program import program
+from flows.retrain import trusted
+from opnp import images, parameters, registry, scoring
+from opnp.errors import InputError
+from opnp.files import digest, read_json, write_json
+from opnp.images import Images
+from opnp.parameters import Parameters
+from opnp.tracking import experiment_name
+
+__all__ = ["monitor"]
+
+SEEN = Path("logs/monitor.json")
+RUN = "monitor"  # the tag of the run whose metrics are the history
+BEYOND = 4  # exit code
+
+
+def new_images(folder: Path) -> tuple[Images, list[str]]:
+    """Images of the folder that were not counted yet, and the digests of all."""
+    found = images.find(folder)
+    seen = read_json(SEEN, "python -m flows.monitor") if SEEN.exists() else {}
+    before = set(seen.get(str(folder.resolve()), []))
+    of = {digest(path): row for row, path in reversed(list(enumerate(found.paths)))}
+    rows = {sha256: row for sha256, row in of.items() if sha256 not in before}
+    chosen = replace(
+        found,
+        paths=[found.paths[row] for row in rows.values()],
+        folders=[found.folders[row] for row in rows.values()],
+    )
+    return chosen, list(of)
+
+
+def log(folder: Path, figures: dict[str, float]) -> None:
+    """Append figures to the history of a folder, one MLflow run of the experiment."""
+    from mlflow.entities import Metric
+
+    client, name, place = registry.registry(), experiment_name(), str(folder.resolve())
+    with registry.told():
+        known = client.get_experiment_by_name(name)
+        experiment = known.experiment_id if known else client.create_experiment(name)
+        found = client.search_runs([experiment], f"tags.{RUN} = '{place}'")
+        run = found[0] if found else client.create_run(experiment, None, {RUN: place}, RUN)
+        step = len(client.get_metric_history(run.info.run_id, "flagged"))
+        now = int(time.time() * 1000)
+        metrics = [Metric(key, value, now, step) for key, value in figures.items()]
+        client.log_batch(run.info.run_id, metrics)
+
+
+def monitor(folder: Path, chosen: Parameters) -> bool:
+    """Score the folder's new images and log the share that is flagged OOD.
+
+    Returns:
+        Whether that share is beyond ``retrain.max_flagged``.
+
+    Raises:
+        InputError: there is no champion, the folder holds no image that can be read, or MLflow
+            cannot be reached.
+    """
+    champion, limit = registry.champion(trusted(chosen)), chosen.retrain.max_flagged
+    if champion is None:
+        raise InputError("There is no champion to score with: run `python -m flows.retrain`.")
+    found, everything = new_images(folder)
+    if len(found) < chosen.retrain.min_images:
+        print(f"monitor: {len(found)} new images, fewer than retrain.min_images: they wait")
+        return False
+    with TemporaryDirectory() as temporary:
+        summary = scoring.score(champion, found, Path(temporary) / "scores.parquet")
+    share = summary.flagged
+    unreadable = len(summary.unreadable)
+    log(folder, {"flagged": share, "images": summary.images, "unreadable": unreadable})
+    seen = read_json(SEEN, "python -m flows.monitor") if SEEN.exists() else {}
+    write_json(SEEN, seen | {str(folder.resolve()): sorted(everything)})
+    print(f"monitor: {share:.1f} % of {summary.images} new images are flagged (limit {limit:g} %)")
+    return share > limit
+
+
+def ask(folder: Path) -> None:
+    """Emit the event, and start the deployment that `flows.retrain --serve` has made, if any."""
+    from prefect.client.orchestration import get_client
+    from prefect.deployments import run_deployment
+    from prefect.exceptions import ObjectNotFound
+
+    with server.running():
+        resource: dict[str, Any] = {"prefect.resource.id": f"opnp.monitor.{experiment_name()}"}
+        emit_event("opnp.monitor.beyond-limit", resource, payload={"folder": str(folder)})
+        with get_client(sync_client=True) as client:
+            try:
+                client.read_deployment_by_name("retrain/retrain")
+            except ObjectNotFound:
+                print("monitor: no retraining is served: run `python -m flows.retrain`")
+                return
+        run: Any = run_deployment("retrain/retrain", timeout=0, as_subflow=False)
+        print(f"monitor: retraining {run.name} is asked for")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m flows.monitor", description=__doc__)
+    parser.add_argument("folder", type=Path, help="of recent production images")
+    folder = parser.parse_args().folder
+    with program():
+        beyond = monitor(folder, parameters.load())
+    if beyond:  # after the workspace is free, which the retraining needs
+        ask(folder)
+        sys.exit(BEYOND)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Fetch, train, compare with the champion, and promote what is better.
+
+The champion's alias moves last: whatever fails before leaves it where it is.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+from prefect.events import emit_event
+
+from flows import engine, pipeline, server, versions
+from flows.fetch import fetch
+from flows.program import alone, program
+from flows.stage import hide_what_is_told, timed
+from opnp import contest, parameters, registry, saved
+from opnp.backbones import is_factory
+from opnp.contest import Verdict
+from opnp.errors import InputError
+from opnp.parameters import Parameters
+from opnp.saved import SavedDetector
+from opnp.stages import detector as stage
+from opnp.tracking import experiment_name
+
+__all__ = ["contend", "retrain"]
+
+DETECTOR = Path("artifacts/detector")
+DECISION = "decision"  # of a version, which is judged once
+
+
+def trusted(chosen: Parameters) -> str | None:
+    """The factory that the workspace's own parameters name, if its backbone is one."""
+    return chosen.train.backbone if is_factory(chosen.train.backbone) else None
+
+
+def challenger(chosen: Parameters) -> SavedDetector:
+    """The detector of the workspace's run, in its folder; one that is the same but for the time of
+    its making stays, so that it is registered once."""
+
+    def but_time(detector: SavedDetector) -> dict[str, Any]:
+        about = {key: value for key, value in detector.describe().items() if key != "digest"}
+        return about | {"made": {key: v for key, v in about["made"].items() if key != "at"}}
+
+    made = stage.from_run(chosen)
+    try:
+        before = saved.load(DETECTOR, trust=trusted(chosen))
+        if but_time(before) == but_time(made):
+            return before
+    except InputError:
+        pass  # none, or damaged
+    return made.save(DETECTOR, overwrite=DETECTOR.exists())
+
+
+def check_frozen(client: Any, folder: Path) -> None:
+    """Record the digest of the evaluation set with the registered model; refuse another.
+
+    Raises:
+        InputError: the folder holds another set than the one that detectors were compared on.
+    """
+    name, tag = experiment_name(), f"evaluation.{folder.name}"
+    found = contest.frozen_digest(folder)
+    known = client.get_registered_model(name).tags.get(tag)
+    if known is None:
+        client.set_registered_model_tag(name, tag, found)
+    elif known != found:
+        raise InputError(
+            f"{folder} is not the evaluation set that detectors were compared on (SHA-256 "
+            f"{found[:12]}…, not {known[:12]}…): restore it, or name another folder in "
+            "retrain.evaluation."
+        )
+
+
+def contend(folder: Path, chosen: Parameters) -> str:
+    """Register a detector as challenger, compare it with the champion, promote it if it is better.
+
+    Returns:
+        ``promoted``, ``rejected``, or ``unchanged`` for a detector that has been judged before.
+
+    Raises:
+        InputError: the evaluation set has changed, or MLflow cannot be reached.
+    """
+    settings, trust, client = chosen.retrain, trusted(chosen), registry.registry()
+    evaluation, name = Path(settings.evaluation), experiment_name()
+    version = registry.register(folder, None, trust=trust)
+    with registry.told():
+        known = client.get_model_version(name, version)
+        if DECISION in known.tags or registry.aliases_of(client, name).get("champion") == version:
+            print(f"retrain: version {version} has been judged before, and nothing changes")
+            return "unchanged"
+        check_frozen(client, evaluation)
+        client.set_registered_model_alias(name, registry.CHALLENGER, version)
+    verdict = contest.compare(
+        saved.load(folder, trust=trust),
+        registry.champion(trust),
+        evaluation,
+        settings.max_accuracy_drop,
+        settings.bootstrap,
+        chosen.seed,
+    )
+    decision = "promoted" if verdict.promoted else "rejected"
+    versions.push()
+    if verdict.promoted:
+        registry.promote(version)
+    with registry.told():
+        for key, value in verdict.figures().items():
+            client.set_model_version_tag(name, version, f"contest.{key}", str(value))
+        client.set_model_version_tag(name, version, DECISION, decision)
+    tell(version, decision, verdict)
+    return decision
+
+
+def tell(version: str, decision: str, verdict: Verdict) -> None:
+    """Print the decision, and emit it as a Prefect event."""
+    words = f"retrain: version {version} {decision}, mean FPR95 {verdict.fpr95:.1f} %"
+    if verdict.champion_fpr95 is not None:
+        words += (
+            f" where the champion has {verdict.champion_fpr95:.1f} %, lower by {verdict.low:.1f} "
+            f"to {verdict.high:.1f}; accuracy {verdict.accuracy:.1f} % and "
+            f"{verdict.champion_accuracy:.1f} %"
+        )
+    print(words, flush=True)
+    resource = {"prefect.resource.id": f"opnp.detector.{experiment_name()}.{version}"}
+    emit_event(f"opnp.retrain.{decision}", resource, payload=verdict.figures())
+
+
+def retrained() -> str:
+    """What `retrain` does, in a workspace that this process holds."""
+    chosen = parameters.load()
+    evaluation = Path(chosen.retrain.evaluation)
+    server.start()
+    hide_what_is_told()
+    with server.running():
+        # What the sources hold now, which may be other images than were recorded.
+        timed("fetch", partial(engine.run, fetch, chosen, accept=True))
+        pipeline.pipeline()
+        contest.freeze(evaluation)
+        contest.check_unseen(evaluation)
+        challenger(chosen)
+        return contend(DETECTOR, chosen)
+
+
+@flow
+def retrain() -> str:
+    """Fetch, train, compare with the champion, and promote what is better."""
+    with alone():
+        return retrained()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m flows.retrain", description=__doc__)
+    parser.add_argument("--serve", action="store_true", help="stay, and run when it is time")
+    when = parser.add_mutually_exclusive_group()
+    when.add_argument("--cron", help='when, as "0 2 * * *", in UTC')
+    when.add_argument("--interval", type=float, help="seconds from one run to the next")
+    given = parser.parse_args()
+    if given.serve:
+        if not (given.cron or given.interval):
+            parser.error("--serve needs --cron or --interval")
+        if not server.named():
+            parser.error("--serve needs a Prefect server: name it in PREFECT_API_URL")
+        parameters.load()
+        retrain.serve("retrain", cron=given.cron, interval=given.interval, limit=1)
+        return
+    if given.cron or given.interval:
+        parser.error("--cron and --interval are of --serve")
+    with program():
+        retrained()
+
+
+if __name__ == "__main__":
+    main()
