@@ -188,8 +188,8 @@ class Shards:
         """Write what ``work`` gives, unless it is there, whole; the images that were left out."""
         wanted = json.loads(json.dumps({**self.origin, **origin}))
         try:
-            _, about = tensors.load(path, "")
-            if about["origin"] == wanted:
+            found, about = tensors.load(path, "")
+            if about["origin"] == wanted and "features" in found:
                 return about["unreadable"]
         except (InputError, KeyError):
             pass
