@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
@@ -105,8 +106,6 @@ def absurd() -> bytes:
     """A whole PNG header that states 60,000 × 60,000 pixels, and no pixels."""
     file = BytesIO()
     Image.new("L", (8, 8)).save(file, "png")
-    import zlib
-
     head = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + file.getvalue()[24:29]
     return file.getvalue()[:12] + head + zlib.crc32(head).to_bytes(4, "big") + file.getvalue()[33:]
 
@@ -140,12 +139,13 @@ def test_champions_follow_and_return(registered: Path, detector_folder: Path) ->
 
     client = registry.registry()
     version = client.get_model_version("opnp", first)
-    model = client.get_logged_model(version.model_id)
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
     shown = {metric.key: metric.value for metric in model.metrics}
     assert shown["mean/fpr95"] == 12.5
     assert shown["search/accuracy"] > 90
     assert model.params["backbone"] == SPEC
-    assert client.get_run(version.run_id).info.status == "FINISHED"
+    assert model.source_run_id
+    assert client.get_run(model.source_run_id).info.status == "FINISHED"
 
 
 def test_what_is_logged(registered: Path) -> None:
