@@ -5,6 +5,7 @@ in use, ``challenger`` the one that may replace it; a version's tag ``replaced``
 that was champion before it, which `rollback` brings back.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,9 +61,11 @@ def register(
             model = log_model(client, Path(folder), run, trust, metrics)
             tags = {DIGEST: detector.digest}
             made = client.create_model_version(
-                name, model.artifact_location, run, tags, model_id=model.model_id
+                name, f"models:/{model.model_id}", run, tags, model_id=model.model_id
             )
             version = str(made.version)
+            linked = json.dumps([{"name": name, "version": made.version}])
+            client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": linked})
         if alias:
             client.set_registered_model_alias(name, alias, version)
     return version
