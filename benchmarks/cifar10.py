@@ -23,9 +23,10 @@ import pyarrow.parquet as pq
 from benchmarks.backbones import IMAGE_DETECTORS, measure, show, summary
 from opnp import parameters
 from opnp.datasets import IMAGE
+from opnp.decoding import fit
 from opnp.files import atomic
 from opnp.parameters import Parameters
-from opnp.sources import fit, open_ood
+from opnp.sources import open_ood
 
 __all__ = ["main", "prepare"]
 

@@ -42,7 +42,7 @@ class Problem:
     def __init__(self, arguments: argparse.Namespace):
         torch.manual_seed(0)
         self.batch = arguments.batch_size
-        self.classifier = backbones.build("resnet", 1, 10, arguments.width, 1, arguments.image)
+        self.classifier = backbones.build("resnet", 1, 10, arguments.image, width=arguments.width)
         shape = (1, arguments.image, arguments.image)
         templates = torch.randn(10, *shape)
         drawn = templates[torch.randint(10, (arguments.train + arguments.test,))]

@@ -94,7 +94,7 @@ def check_data(manifest: Manifest) -> None:
     if before.get("parameters") != manifest.parameters:
         return
     for name, entry in manifest.sets.items():
-        if (expected := before["files"].get(name)) != entry.sha256:
+        if (expected := before["files"].get(name, entry.sha256)) != entry.sha256:
             raise InputError(
                 f"{data_file(name)} has SHA-256 {entry.sha256[:12]}… where data.dvc records "
                 f"{str(expected)[:12]}…: install the pinned versions (constraints.txt), or run "

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from math import floor
 from pathlib import Path
@@ -23,10 +24,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from opnp import heads, tensors
+from opnp.decoding import INTERPOLATIONS, fit
 from opnp.errors import InputError, UnavailableError
 from opnp.files import digest
 from opnp.networks import NETWORKS
-from opnp.sources import INTERPOLATIONS, fit
 
 __all__ = [
     "Backbone",
@@ -136,7 +137,9 @@ class Preprocessing:
                 f"{where} must state {', '.join(sorted(needed))}, and may state "
                 f"{' and '.join(sorted(names - needed))}, and nothing else."
             )
-        listed = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        listed: dict[str, Any] = {
+            key: tuple(v) if isinstance(v, list) else v for key, v in values.items()
+        }
         return cls(**listed)
 
     def as_json(self) -> dict[str, Any]:
@@ -151,7 +154,7 @@ class Preprocessing:
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
         """An image of any size and mode, scaled and cropped, uint8 (H, W, C)."""
         fitted = fit(image, self.size, self.mode, self.resize, self.interpolation)
-        return np.asarray(fitted).reshape(self.size, self.size, self.channels)
+        return np.array(fitted).reshape(self.size, self.size, self.channels)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Normalize images in [0, 1], float32 (N, C, H, W).
@@ -228,25 +231,16 @@ class Weights:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def build(
-    name: str,
-    channels: int,
-    classes: int,
-    width: int = 32,
-    depth: int = 1,
-    size: int = 32,
-    **options: Any,
-) -> Classifier:
+def build(name: str, channels: int, classes: int, size: int = 32, **options: Any) -> Classifier:
     """An untrained classifier; but a factory's, which comes as the factory makes it.
 
     Args:
         name: see the module.
         channels: of the images, 1 or 3.
         classes: K, at least 2.
-        width: of the small networks, where L = 4 × width.
-        depth: of the small networks: blocks in each of three stages.
         size: side of the images in pixels.
-        options: more arguments of the library's model, or of the factory.
+        options: of a small network ``width``, where L = 4 × width, and ``depth``, the blocks in
+            each of three stages; of others what the library's model or the factory takes.
 
     Raises:
         InputError: there is no such backbone, fewer than 2 classes, the images are too small, or
@@ -265,8 +259,9 @@ def build(
             f"The backbone {name!r} needs images of at least 8 pixels, not {size}: set "
             "data.image_size, or train.backbone to resnet."
         )
-    encoder = NETWORKS[name](channels, size, width, depth)
-    return Classifier(encoder, nn.Linear(4 * width, classes))
+    options = {"width": 32, **options}
+    encoder = called(name, partial(NETWORKS[name], channels, size), options)
+    return Classifier(encoder, nn.Linear(4 * options["width"], classes))
 
 
 def divided(
@@ -328,7 +323,7 @@ def from_spec(
             f"What the weights {where} want of images is not known: state the preprocessing they "
             "were trained with."
         )
-    names = None if isinstance(classes, int) else classes and list(classes)
+    names = list(classes) if isinstance(classes, Sequence) else None
     if published.classes and classes in (None, len(published.classes)):
         names = published.classes
     count = len(names) if names else cast(int | None, classes)
@@ -365,6 +360,7 @@ def restored(
     Raises:
         InputError: it is another, or has other classes or another preprocessing.
     """
+    check_stated(path, stated)
     own = Preprocessing.stated(stated["preprocessing"])
     names: list[str] = stated["classes"]
     wanted: dict[str, Any] = {"name": spec, **options}
@@ -372,13 +368,27 @@ def restored(
         ("backbone", {key: stated["spec"].get(key) for key in wanted}, wanted),
         ("preprocessing", own, preprocessing),
         ("number of classes", len(names), classes if isinstance(classes, int) else None),
-        ("classes", names, classes and list(classes) if not isinstance(classes, int) else None),
+        ("classes", names, list(classes) if isinstance(classes, Sequence) else None),
     ):
         if ours not in (None, theirs):
             raise InputError(f"{path} is of the {what} {theirs}, not {ours}: state what it is of.")
     model = build(channels=own.channels, classes=len(names), size=own.size, **stated["spec"])
     load_state(model, state, path)
     return Backbone(finished(model), own, names, stated["spec"])
+
+
+def check_stated(path: Path, stated: dict[str, Any]) -> None:
+    """Refuse a file that does not say what its weights are of, as `save` does."""
+    spec = stated.get("spec")
+    if (
+        set(stated) != {"preprocessing", "classes", "spec"}
+        or not isinstance(stated["classes"], list)
+        or not isinstance(spec, dict)
+        or not isinstance(spec.get("name"), str)
+    ):
+        raise InputError(
+            f"{path} holds weights, but not what they are of: run `python -m flows.train` again."
+        )
 
 
 def finished(model: Classifier) -> Classifier:
@@ -396,7 +406,11 @@ def architecture(
     library, _, name = spec.partition(":")
     if library not in ("torchvision", "timm"):
         factory = factory_of(spec)
-        if "num_classes" in inspect.signature(factory).parameters and classes is not None:
+        try:
+            taken = list(inspect.signature(factory).parameters)
+        except ValueError:  # as some that are written in C have none
+            taken = []
+        if "num_classes" in taken and classes is not None:
             options = {"num_classes": classes, **options}
         return called(spec, factory, options)
     if unsafe := [key for key, value in options.items() if not isinstance(value, int | float)]:
@@ -408,14 +422,15 @@ def architecture(
         options = {"in_chans": channels, **options}
         if timm.get_pretrained_cfg(name).fixed_input_size:
             options = {"img_size": size, **options}
-        return called(spec, timm.create_model, {"model_name": name, "pretrained": False} | options)
+        options = {"model_name": name, "pretrained": False, **options}
+        return called(spec, timm.create_model, options)
     if channels != 3:
         raise InputError(f"{spec} wants images of 3 channels, not {channels}: take the mode RGB.")
     if name.startswith("vit_"):
         options = {"image_size": size, **options}
     if name in ("inception_v3", "googlenet"):  # whose own initialization takes a minute
         options = {"init_weights": False, **options}
-    return called(spec, torchvision_model(name), {"weights": None} | options)
+    return called(spec, torchvision_model(name), {"weights": None, **options})
 
 
 def called(spec: str, factory: Callable[..., Any], options: Mapping[str, Any]) -> nn.Module:
@@ -642,6 +657,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"Checkpoint {path} is missing: correct train.checkpoint.")
+    state: Any = {}
     metadata: dict[str, Any] = {}
     if path.suffix == ".safetensors":
         state, metadata = tensors.load(path, "replace the checkpoint")
@@ -720,10 +736,8 @@ def load(path: Path, factory: str | None = None) -> Backbone:
     Raises:
         InputError: the file is missing or damaged, or names a factory that the caller does not.
     """
-    again = "run `python -m flows.train` again"
-    state, metadata = tensors.load(path, again)
-    if set(metadata) != {"preprocessing", "classes", "spec"}:
-        raise InputError(f"{path} holds weights, but not what they are of: {again}.")
+    state, metadata = tensors.load(path, "run `python -m flows.train` again")
+    check_stated(path, metadata)
     name = metadata["spec"]["name"]
     if is_factory(name) and name != factory:
         raise InputError(

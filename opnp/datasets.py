@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from opnp.artifacts import DATA, MANIFEST
+from opnp.decoding import Example, decode, fit
 from opnp.errors import InputError
 from opnp.files import atomic, digest, read_json
-from opnp.sources import Example, decode, fit
 from opnp.storage import RemoteFile
 
 __all__ = ["ImageSet", "Manifest", "data_file", "read", "read_manifest", "unit", "write"]
@@ -62,11 +62,13 @@ class Manifest:
         classes: names of the K known classes, in the order of their labels.
         sets: by name; an OOD test set's name starts with ``ood/``, an outlier set's for the mask
             search with ``outliers/``.
+        missing: sources of the OOD test sets that were left out, since their files are not there.
     """
 
     parameters: dict[str, Any]
     classes: list[str]
     sets: dict[str, ImageSet]
+    missing: dict[str, str] = field(default_factory=dict)
 
     @property
     def ood(self) -> dict[str, ImageSet]:
@@ -82,6 +84,8 @@ class Manifest:
         for entry in values["sets"].values():
             if not entry["unreadable"]:
                 del entry["unreadable"]
+        if not values["missing"]:
+            del values["missing"]
         return values
 
 
@@ -105,6 +109,7 @@ def read_manifest(elsewhere: bool = False) -> Manifest:
             values["parameters"],
             values["classes"],
             {name: ImageSet(**entry) for name, entry in values["sets"].items()},
+            values.get("missing", {}),
         )
     except (KeyError, TypeError) as error:
         raise InputError(
@@ -139,8 +144,8 @@ def write(
         mode: L or RGB.
         classes: names of the classes, recorded in the schema; none for OOD sets.
         limit: take only the first so many.
-        resize: see `opnp.sources.fit`.
-        interpolation: see `opnp.sources.fit`.
+        resize: see `opnp.decoding.fit`.
+        interpolation: see `opnp.decoding.fit`.
 
     Raises:
         InputError: there are no images.
@@ -162,13 +167,14 @@ def write(
         with pq.ParquetWriter(
             temporary, schema, compression="none", write_page_checksum=True
         ) as writer:
-            while group := list(islice(remaining, ROW_GROUP)):
+            # Fitted one by one: so many photographs in full would not fit in memory.
+            while group := [
+                (png(fit(image, size, mode, resize, interpolation)), y)
+                for image, y in islice(remaining, ROW_GROUP)
+            ]:
                 images = [
-                    {
-                        "bytes": png(fit(image, size, mode, resize, interpolation)),
-                        "path": f"{count + row:08d}.png",
-                    }
-                    for row, (image, _) in enumerate(group)
+                    {"bytes": data, "path": f"{count + row:08d}.png"}
+                    for row, (data, _) in enumerate(group)
                 ]
                 columns = [pa.array(images, IMAGE), pa.array([y for _, y in group], pa.int64())]
                 writer.write_table(pa.table(columns, schema=schema))

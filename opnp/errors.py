@@ -1,6 +1,6 @@
 """Exceptions that mean: something outside the program is at fault."""
 
-__all__ = ["InputError", "UnavailableError"]
+__all__ = ["InputError", "MissingError", "UnavailableError"]
 
 
 class InputError(ValueError):
@@ -9,3 +9,7 @@ class InputError(ValueError):
 
 class UnavailableError(InputError):
     """Something that is elsewhere could not be had now; trying again may help."""
+
+
+class MissingError(InputError):
+    """Files of the user's that are not where the parameters say."""

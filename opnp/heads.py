@@ -137,7 +137,7 @@ def gives_logits(model: nn.Module, name: str, images: Tensor, logits: Tensor) ->
         other: nn.Module = (
             nn.Conv2d(layer.in_channels, layer.out_channels, 1)
             if isinstance(layer, nn.Conv2d)
-            else nn.Linear(layer.weight.shape[1], len(layer.weight))  # type: ignore[arg-type]
+            else nn.Linear(as_linear(layer).in_features, len(logits[0]))
         ).to(logits)
     try:
         expected = replaced(model, layer, other, images)

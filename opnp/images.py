@@ -9,12 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from opnp.backbones import Preprocessing
+from opnp.decoding import decode
 from opnp.errors import InputError
-from opnp.sources import decode
+from opnp.formats import SUFFIXES
 
-__all__ = ["SUFFIXES", "Batch", "Images", "find"]
-
-SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+__all__ = ["Batch", "Images", "find"]
 
 DECODERS = 4  # threads: Pillow decodes without holding Python's lock
 

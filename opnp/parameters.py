@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -51,6 +51,7 @@ class Data(Section):
     far: dict[Name, str] = {}
     ood_count: Positive
     max_unreadable: Annotated[int, Field(ge=0)] = 10
+    missing: Literal["refuse", "skip"] = "refuse"
 
     @model_validator(mode="after")
     def consistent(self) -> Self:
@@ -75,7 +76,7 @@ class Data(Section):
 class Train(Section):
     """The backbone: trained here, or loaded from ``checkpoint``."""
 
-    backbone: Annotated[str, Field(pattern=r"^(resnet|convnext|vit|[\w.]+:[\w.]+)$")] = "resnet"
+    backbone: str = "resnet"
     width: Positive = 32
     depth: Positive = 1
     checkpoint: str | None = None
@@ -89,6 +90,16 @@ class Train(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     shift_pixels: Annotated[int, Field(ge=0)] = 1
     threads: Positive = 1
+
+    @field_validator("backbone")
+    @classmethod
+    def is_spec(cls, backbone: str) -> str:
+        if not re.fullmatch(r"resnet|convnext|vit|[\w.]+:[\w.]+", backbone):
+            raise ValueError(
+                "it must be resnet, convnext, vit, torchvision:NAME, timm:NAME or "
+                f"package.module:factory, not {backbone!r}"
+            )
+        return backbone
 
 
 class Features(Section):

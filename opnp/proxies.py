@@ -13,8 +13,8 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from opnp.decoding import generator
 from opnp.errors import InputError
-from opnp.sources import generator
 
 __all__ = ["FAMILIES", "make"]
 

@@ -79,7 +79,7 @@ def render(parameters: Parameters) -> str:
     backbone = read_backbone()
     pruning = read_pruning(backbone.record["sha256"])
     evaluation = read_evaluation(parameters, pruning)
-    hashes = read_hashes(backbone)
+    hashes, missing = read_hashes(backbone)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -118,6 +118,7 @@ def render(parameters: Parameters) -> str:
                 default_flow_style=None,
             ),
             hashes=hashes,
+            missing=missing,
         )
     return page.replace(" %", "\N{NO-BREAK SPACE}%")
 
@@ -344,14 +345,16 @@ def read_times(names: Sequence[str]) -> dict[str, dict[str, float]]:
         return {name: select(found[name], TIMES) for name in names if name in found}
 
 
-def read_hashes(backbone: Backbone) -> dict[str, str]:
-    """SHA-256 of what the run was made of and of what it made."""
+def read_hashes(backbone: Backbone) -> tuple[dict[str, str], dict[str, str]]:
+    """SHA-256 of what the run was made of and of what it made, and the OOD sets it went without."""
     command = "python -m flows.fetch"
     with reading(artifacts.MANIFEST, command):
-        sets = read_json(artifacts.MANIFEST, command)["sets"]
+        manifest = read_json(artifacts.MANIFEST, command)
+        sets, missing = manifest["sets"], manifest.get("missing", {})
         found = {f"data/{name}.parquet": sets[name]["sha256"] for name in sets}
     found[str(artifacts.BACKBONE)] = backbone.record["sha256"]
-    return found | {str(path): digest(path) for path in (artifacts.SENSITIVITY, artifacts.MASK)}
+    found |= {str(path): digest(path) for path in (artifacts.SENSITIVITY, artifacts.MASK)}
+    return found, missing
 
 
 # words and tables -------------------------------------------------------------------------------

@@ -36,13 +36,13 @@ from torch import Tensor, nn
 from opnp import backbones, tensors
 from opnp.backbones import Backbone, Preprocessing, is_factory
 from opnp.datasets import unit
+from opnp.decoding import decode
 from opnp.energy import check_head, energy_score
 from opnp.errors import InputError
 from opnp.files import atomic_folder, digest, read_json, write_json
 from opnp.masks import PruningMask
 from opnp.search import Candidate
 from opnp.sensitivity import Sensitivity
-from opnp.sources import decode
 
 __all__ = ["SavedDetector", "Scorer", "Scores", "Threshold", "check_place", "load"]
 

@@ -160,6 +160,7 @@ def record(parameters: "Parameters", seconds: dict[str, float]) -> dict[str, Any
             "backbone": parameters.train.backbone,
             "backbone.sha256": training["sha256"],
             "data": parameters.data.id,
+            **({"missing": ", ".join(manifest.missing)} if manifest.missing else {}),
             **git_tags(),
         },
         "datasets": [

@@ -11,7 +11,7 @@ from opnp.backbones import Classifier
 from opnp.errors import InputError
 from opnp.progress import track
 
-__all__ = ["Rectifier", "accuracy", "fit"]
+__all__ = ["Rectifier", "correct", "fit"]
 
 CONTRIBUTIONS = 2**23  # products W_ij·h_j held at once by `Rectifier`: 32 MiB of float32
 
@@ -30,16 +30,16 @@ def shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 512) -> float:
-    """Percentage of images (N, C, H, W) whose largest logit is their label's (N,)."""
+def correct(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 512) -> int:
+    """How many images (N, C, H, W) have their label's (N,) logit as their largest."""
     training = model.training
     model.eval()
-    hits = sum(
+    found = sum(
         int((model(x).argmax(dim=1) == y).sum())
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
     )
     model.train(training)
-    return 100 * hits / len(labels)
+    return found
 
 
 def excess(features: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
@@ -187,7 +187,7 @@ def fit(
                 "epoch": epoch,
                 "loss": loss_sum / len(images),
                 "train_accuracy": 100 * hits / len(images),
-                "validation_accuracy": accuracy(model, *validation),
+                "validation_accuracy": 100 * correct(model, *validation) / len(validation[1]),
             }
         )
     return history

@@ -179,8 +179,8 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def detector_folder(own: Path) -> Path:
+def detector_folder(own: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A detector fitted to it, with a small search; not to be changed."""
     from tests import own_model
 
-    return own_model.fitted(own, own / "detector")
+    return own_model.fitted(own, tmp_path_factory.mktemp("fitted") / "detector")

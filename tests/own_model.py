@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from opnp import fitting, images, sources
+from opnp import builtin, fitting, images
 from opnp.backbones import Backbone, Preprocessing, from_spec
 from opnp.fitting import Settings
 from opnp.search import Grid
@@ -52,7 +52,7 @@ def make(folder: Path) -> Path:
     (folder / "preprocessing.json").write_text(json.dumps(preprocessing))
     seen: Counter[int] = Counter()
     learnt, labels = [], []
-    for image, digit in sources.scanned_digits():
+    for image, digit in builtin.scanned_digits():
         number = seen[digit]
         seen[digit] += 1
         known = digit < len(CLASSES)

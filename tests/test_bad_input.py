@@ -1,6 +1,7 @@
 """Bad input ends in one sentence, a non-zero exit code, and nothing written over."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace as replaced
@@ -104,7 +105,7 @@ def test_empty_split(workspace: Path, call: Call) -> None:
 
 
 def test_checkpoint_of_another_shape(workspace: Path, call: Call) -> None:
-    other = backbones.build("resnet", 1, 7, 16, 1)
+    other = backbones.build("resnet", 1, 7, width=16)
     torch.save(other.state_dict(), workspace / "other.pt")
     set_parameters(workspace, {"train.checkpoint": "other.pt"})
     message = call(train)
@@ -113,7 +114,7 @@ def test_checkpoint_of_another_shape(workspace: Path, call: Call) -> None:
 
 
 def test_checkpoint_with_another_class_count(workspace: Path, call: Call) -> None:
-    other = backbones.build("resnet", 1, 10, 32, 1)
+    other = backbones.build("resnet", 1, 10)
     save_file(other.state_dict(), workspace / "ten.safetensors")
     set_parameters(workspace, {"train.checkpoint": "ten.safetensors"})
     message = call(train)
@@ -121,7 +122,7 @@ def test_checkpoint_with_another_class_count(workspace: Path, call: Call) -> Non
 
 
 def test_truncated_checkpoint(workspace: Path, call: Call) -> None:
-    other = backbones.build("resnet", 1, 7, 32, 1)
+    other = backbones.build("resnet", 1, 7)
     torch.save(other.state_dict(), workspace / "cut.pt")
     os.truncate(workspace / "cut.pt", 5000)
     set_parameters(workspace, {"train.checkpoint": "cut.pt"})
@@ -270,7 +271,8 @@ def test_a_few_images_that_cannot_be_read_are_left_out_and_named(
     assert "2 images cannot be read, more than data.max_unreadable (1) allows" in message
     assert files(workspace / "data") == before
     set_parameters(workspace, {"data.max_unreadable": 0})
-    assert "Image 7 of mine.parquet is not a whole image" in call(fetch)
+    message = call(fetch)  # images of an OOD set are read in an order of their own
+    assert re.search(r"Image (7|123) of mine.parquet is not a whole image", message)
 
 
 def test_a_bad_image_of_the_training_set_is_left_out(workspace: Path, prefect_api: str) -> None:

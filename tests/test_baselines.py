@@ -64,7 +64,7 @@ def trained() -> TrainedModel:
     """Random convolutions, and a head that tells the three patterns apart by least squares."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        classifier = build("resnet", 1, K, WIDTH // 4, 1, 8).eval().requires_grad_(False)
+        classifier = build("resnet", 1, K, 8, width=WIDTH // 4).eval().requires_grad_(False)
     images, labels = pictures(1, 300)
     h = F.pad(classifier.encoder(images), (0, 1), value=1).double()
     gram = h.T @ h + 0.01 * torch.eye(WIDTH + 1)
@@ -320,7 +320,7 @@ def test_a_singular_covariance_is_a_reason() -> None:
 
 
 def test_rankfeat_needs_feature_maps() -> None:
-    tokens = build("vit", 1, K, 8, 1, 8).eval()
+    tokens = build("vit", 1, K, 8, width=8).eval()
     with pytest.raises(UnavailableError, match="pools none"):
         DETECTORS["rankfeat"](TrainedModel(tokens.head, 1.0, tokens))
 
@@ -335,7 +335,7 @@ def test_programming_errors_are_not_taken_for_reasons() -> None:
 
 @pytest.mark.parametrize("name", ["resnet", "convnext", "vit"])
 def test_nac_looks_at_the_end_of_each_stage(name: str) -> None:
-    model = build(name, 1, K, 8, 2, 8).eval().requires_grad_(False)
+    model = build(name, 1, K, 8, width=8, depth=2).eval().requires_grad_(False)
     ends = baselines.last_blocks(model)
     blocks = [m for m in baselines.layers_of(model.encoder) if isinstance(m, type(ends[-1]))]
     assert len(blocks) == 6

@@ -375,6 +375,7 @@ def test_a_full_disk_is_told_and_a_run_goes_on_after_room_was_made(
     assert {path: digest(path) for path in kept} == kept
 
 
+@pytest.mark.xfail(strict=True, reason="DVC logs what its cache could not take, and goes on")
 def test_a_full_disk_of_the_cache_is_told_and_what_was_made_is_recorded_later(
     workspace: Path, small_disk: Path
 ) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from opnp import backbones, datasets, features, parameters, sources
+from opnp import backbones, datasets, decoding, features, formats, parameters, sources
 from opnp.backbones import Backbone, Classifier, Preprocessing
 from opnp.errors import InputError
 from opnp.features import Shard
@@ -172,7 +172,7 @@ def test_the_schema_says_image_and_class_label_to_hugging_face() -> None:
     described = json.loads(metadata[b"huggingface"])["info"]["features"]
     assert described["image"] == {"_type": "Image"}
     assert described["label"] == {"names": CLASSES, "_type": "ClassLabel"}
-    assert sources.class_names(datasets.data_file("set")) == CLASSES
+    assert decoding.class_names(datasets.data_file("set")) == CLASSES
 
 
 def test_an_image_set_without_images_is_refused_and_leaves_no_file() -> None:
@@ -208,7 +208,7 @@ def test_a_flipped_bit_of_a_parquet_file_is_refused_by_name_or_changes_nothing()
 def test_a_missing_parquet_file_is_refused_by_name() -> None:
     path = Path("data/absent.parquet")
     assert refused(lambda: datasets.read(path, "L", 8), path)
-    assert refused(lambda: sources.class_names(path), path)
+    assert refused(lambda: decoding.class_names(path), path)
 
 
 def test_more_rows_than_there_are_are_refused() -> None:
@@ -235,7 +235,7 @@ def test_a_parquet_file_of_something_else_is_refused_by_name(columns: dict[str, 
     pq.write_table(pa.table(columns), path)
     assert refused(lambda: datasets.read(path, "L", 8), path)
     assert refused(lambda: list(sources.open_ood(str(path), 8, seed=0)), path)
-    assert refused(lambda: sources.class_names(path), path)
+    assert refused(lambda: decoding.class_names(path), path)
 
 
 def test_a_parquet_file_without_its_labels_is_refused_by_name() -> None:
@@ -285,7 +285,7 @@ def test_idx_files_are_read_plain_or_packed(packed: bool) -> None:
         Path("a-idx3-ubyte.gz").write_bytes(gzip.compress(idx(PIXELS)))
     else:
         path.write_bytes(idx(PIXELS))
-    assert np.array_equal(sources.read_idx(path), PIXELS)
+    assert np.array_equal(formats.read_idx(path), PIXELS)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -294,7 +294,7 @@ def test_a_truncated_idx_file_is_refused_by_name(packed: bool) -> None:
     whole = gzip.compress(idx(PIXELS)) if packed else idx(PIXELS)
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
-        assert refused(lambda: sources.read_idx(Path("a-idx3-ubyte")), Path("a-idx3-ubyte")), size
+        assert refused(lambda: formats.read_idx(Path("a-idx3-ubyte")), Path("a-idx3-ubyte")), size
 
 
 @pytest.mark.parametrize(
@@ -311,11 +311,11 @@ def test_a_truncated_idx_file_is_refused_by_name(packed: bool) -> None:
 def test_an_idx_file_of_another_format_is_refused_by_name(content: bytes) -> None:
     path = Path("a-idx3-ubyte")
     path.write_bytes(content)
-    assert refused(lambda: sources.read_idx(path), path)
+    assert refused(lambda: formats.read_idx(path), path)
 
 
 def test_a_missing_idx_file_is_refused_by_name() -> None:
-    assert refused(lambda: sources.read_idx(Path("absent")), Path("absent"))
+    assert refused(lambda: formats.read_idx(Path("absent")), Path("absent"))
 
 
 def test_a_folder_of_idx_files_is_a_source_with_both_its_splits() -> None:
@@ -324,8 +324,8 @@ def test_a_folder_of_idx_files_is_a_source_with_both_its_splits() -> None:
         Path(f"{part}-labels-idx1-ubyte").write_bytes(idx(np.array(labels, np.uint8)))
     classes, splits = sources.open_id(".")
     assert classes == ["0", "1", "2"]
-    assert [label for _, label in splits["train"]] == [2, 0, 1]
-    images = [np.asarray(image) for image, _ in splits["test"]]
+    assert [label for _, label in splits["train"].examples()] == [2, 0, 1]
+    images = [np.asarray(image) for image, _ in splits["test"].examples()]
     assert np.array_equal(images, PIXELS)
 
 

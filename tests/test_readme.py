@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models import mobilenet_v3_small
 
 from opnp import Grid
 from opnp.parameters import load
@@ -33,12 +34,16 @@ def test_its_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         "blob_features": features.flip(1),
     }
     blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
+    torch.save(mobilenet_v3_small(num_classes=2).state_dict(), "weights.pt")
     for block in blocks:
         exec(block, names)
     assert names["scores"].shape == (40,)
     assert names["detector"].predict(images).shape == (40,)
     assert (tmp_path / "mask.safetensors").is_file()
+    assert names["mine"].classes == ["cat", "dog"]
+    gate = names["gate"].fit_features(torch.rand(9, 1024), torch.zeros(9))
+    assert gate.predict_features(torch.rand(3, 1024)).shape == (3,)
 
 
 def test_the_files_it_names_exist() -> None:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from opnp import artifacts, backbones, datasets, devices, heads, networks, proxies, sources
+from opnp import artifacts, backbones, datasets, decoding, devices, heads, networks, proxies
 from opnp import features as shards
 from opnp.datasets import data_file
 from opnp.errors import InputError
@@ -77,7 +77,7 @@ def origin_of(parameters: Parameters, shard: Shard) -> dict[str, str]:
     return {
         **expected_metadata(parameters, shard.split),
         "device": devices.device().type,
-        "code": code_digest(backbones, heads, networks, datasets, shards, proxies, sources),
+        "code": code_digest(backbones, heads, networks, datasets, decoding, shards, proxies),
     }
 
 

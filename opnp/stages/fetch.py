@@ -1,4 +1,9 @@
-"""Fetch: every image set of the parameters, written to `data/` with a manifest."""
+"""Fetch: every image set of the parameters, written to `data/` with a manifest.
+
+Images are stored as the backbone wants them, at `data.image_size` and undeflated: 150 kB each at
+224 pixels in RGB, so that all of ImageNet-1k takes 190 GB of disk. In memory are their labels, and
+never more images than a row group holds.
+"""
 
 import json
 import shutil
@@ -7,12 +12,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from opnp import artifacts, datasets, sources
 from opnp.backbones import Preprocessing
 from opnp.datasets import ImageSet, Manifest, data_file, read_manifest
-from opnp.errors import InputError
+from opnp.decoding import Split, Unreadable, generator
+from opnp.errors import InputError, MissingError, UnavailableError
 from opnp.files import write_json
 from opnp.parameters import Parameters
+from opnp.tables import KINDS
 
 
 def run(parameters: Parameters) -> Manifest:
@@ -31,6 +41,7 @@ def begin(parameters: Parameters) -> None:
 
     Raises:
         InputError: a source lies in `data/`, which will be replaced.
+        MissingError: files of a source are not there, and it may not be left out.
     """
     data, outliers = parameters.data, parameters.search.outliers
     for spec in (data.id, *data.near.values(), *data.far.values(), *outliers.values()):
@@ -38,6 +49,18 @@ def begin(parameters: Parameters) -> None:
             raise InputError(
                 f"The source {spec} lies in {artifacts.DATA}/, which fetch replaces: move it away."
             )
+    sources.require(data.id, "data.id")
+    tests = [name for name, (role, _) in ood_sets(parameters).items() if role in KINDS]
+    absent = []
+    for name, (_, source) in ood_sets(parameters).items():
+        try:
+            sources.require(source, f"The OOD set {name.split('/')[1]}")
+        except MissingError as error:
+            if data.missing == "refuse" or name not in tests:
+                raise
+            absent.append(name)
+            if len(absent) == len(tests):
+                raise MissingError(f"None of the OOD sets is there. {error}") from None
     shutil.rmtree(artifacts.FETCHED, ignore_errors=True)
 
 
@@ -59,7 +82,7 @@ def ood_sources(parameters: Parameters) -> list[str]:
 def data_parameters(parameters: Parameters) -> dict[str, Any]:
     """What the images depend on."""
     outliers = parameters.search.outliers
-    images = parameters.data.model_dump(exclude={"max_unreadable"})
+    images = parameters.data.model_dump(exclude={"max_unreadable", "missing"})
     for key in ("resize", "interpolation"):  # unsaid in manifests where they are as ever
         if images[key] == type(parameters.data).model_fields[key].default:
             del images[key]
@@ -72,8 +95,8 @@ def id_sets(parameters: Parameters) -> dict[str, ImageSet]:
     Where the source has no test split of its own, the images are divided by class (stratified).
     """
     data = parameters.data
-    unreadable = sources.Unreadable(data.max_unreadable)
-    classes, splits = sources.open_id(data.id, unreadable)
+    unreadable = Unreadable(data.max_unreadable)
+    classes, splits = sources.open_id(data.id)
     if unknown := [label for label in data.held_out if label >= len(classes)]:
         raise InputError(
             f"data.held_out names class {unknown[0]}, but {data.id} has only {len(classes)}."
@@ -84,40 +107,31 @@ def id_sets(parameters: Parameters) -> dict[str, ImageSet]:
             f"data.held_out leaves {len(known)} of {len(classes)} classes: at least 2 must stay."
         )
     names = [classes[label] for label in known]
-    examples = {name: list(split) for name, split in splits.items()}
-    if "all" in examples and data.test is None:
+    if "all" in splits and data.test is None:
         raise InputError(f"{data.id} has no test split: say in data.test how many percent to take.")
-    for split, pairs in examples.items():
-        for row, (_, label) in enumerate(pairs):
-            if not 0 <= label < len(classes):
-                raise InputError(
-                    f"Image {row} of the {split} split of {data.id} has label {label}, but there "
-                    f"are {len(classes)} classes from 0 on: correct the labels."
-                )
-    rng = sources.generator(data.seed, "split")
-    divided: dict[str, list[sources.Example]] = {"train": [], "validation": [], "test": []}
-    for new, label in enumerate(known):
-        pool = [image for image, y in examples.get("all", examples.get("train", [])) if y == label]
-        order = rng.permutation(len(pool))
-        test = round(len(pool) * data.test / 100) if "all" in examples and data.test else 0
-        stop = test + round(len(pool) * data.validation / 100)
-        parts = {"test": order[:test], "validation": order[test:stop], "train": order[stop:]}
-        if empty := [split for split in ("train", "validation") if len(parts[split]) == 0]:
+    for name, split in splits.items():
+        wrong = np.flatnonzero((split.labels < 0) | (split.labels >= len(classes)))
+        if len(wrong):
             raise InputError(
-                f"Class {classes[label]} of {data.id} has no {empty[0]} images: give it some, or "
-                "leave it out in data.held_out."
+                f"Image {wrong[0]} of the {name} split of {data.id} has label "
+                f"{split.labels[wrong[0]]}, but there are {len(classes)} classes from 0 on: "
+                "correct the labels."
             )
-        for split, indices in parts.items():
-            divided[split] += [(pool[index], new) for index in indices]
-    held_out = [(image, -1) for image, y in examples.get("all", []) if y in data.held_out]
-    for image, y in examples.get("test", []):
-        if y in known:
-            divided["test"].append((image, known.index(y)))
-        else:
-            held_out.append((image, -1))
+    rng = generator(data.seed, "split")
+    whole = splits["all"] if "all" in splits else splits["train"]
+    divided = divide(parameters, whole.labels, known, classes, "all" in splits, rng)
+    new = np.full(len(classes), -1)  # the label of each class among the known ones
+    new[known] = np.arange(len(known))
+    chosen = {name: whole.select(rows, new[whole.labels[rows]]) for name, rows in divided.items()}
+    others = splits.get("test", whole)
+    if "test" in splits:
+        rows = np.flatnonzero(new[others.labels] >= 0)
+        chosen["test"] = others.select(rows, new[others.labels[rows]])
+    rows = np.flatnonzero(new[others.labels] < 0)
+    held_out = others.select(rows, new[others.labels[rows]])
 
-    def write(name: str, role: str, chosen: list[sources.Example], labels: list[str]) -> ImageSet:
-        shuffled = (chosen[index] for index in rng.permutation(len(chosen)))
+    def write(name: str, role: str, split: Split, labels: list[str]) -> ImageSet:
+        shuffled = split.examples(rng.permutation(len(split)), unreadable)
         limit = None if labels else data.ood_count
         path = data_file(name, artifacts.FETCHED)
         return datasets.write(
@@ -133,7 +147,7 @@ def id_sets(parameters: Parameters) -> dict[str, ImageSet]:
             data.interpolation,
         )
 
-    sets = {split: write(split, split, chosen, names) for split, chosen in divided.items()}
+    sets = {name: write(name, name, split, names) for name, split in chosen.items()}
     for role, named in (("near", data.near), ("far", data.far)):
         for name, source in named.items():
             if source == "held-out":
@@ -142,35 +156,103 @@ def id_sets(parameters: Parameters) -> dict[str, ImageSet]:
     return sets
 
 
+def divide(
+    parameters: Parameters,
+    labels: NDArray[np.int64],
+    known: list[int],
+    classes: list[str],
+    test: bool,
+    rng: np.random.Generator,
+) -> dict[str, NDArray[np.int64]]:
+    """Rows of the training, validation and test images, by class (stratified).
+
+    Args:
+        parameters: of the run.
+        labels: int64 (N,), of the images to divide.
+        known: the labels that are not held out.
+        classes: names of all labels.
+        test: whether test images are to come from these.
+        rng: draws them.
+
+    Raises:
+        InputError: a class has too few images.
+    """
+    data = parameters.data
+    divided: dict[str, list[NDArray[np.int64]]] = {"train": [], "validation": [], "test": []}
+    for label in known:
+        pool = np.flatnonzero(labels == label)
+        order = rng.permutation(len(pool))
+        first = round(len(pool) * data.test / 100) if test and data.test else 0
+        stop = first + round(len(pool) * data.validation / 100)
+        parts = {"test": order[:first], "validation": order[first:stop], "train": order[stop:]}
+        if empty := [split for split in ("train", "validation") if len(parts[split]) == 0]:
+            raise InputError(
+                f"Class {classes[label]} of {data.id} has no {empty[0]} images: give it some, or "
+                "leave it out in data.held_out."
+            )
+        for split, indices in parts.items():
+            divided[split].append(pool[indices])
+    return {split: np.concatenate(rows) for split, rows in divided.items()}
+
+
 def ood_set(parameters: Parameters, name: str) -> dict[str, ImageSet]:
-    """Write the OOD set ``name``, whose source is not the ID source's held-out classes."""
+    """Write the OOD set ``name``, whose source is not the ID source's held-out classes.
+
+    Returns:
+        The set by its name; nothing if its files are missing and ``data.missing`` is ``skip``.
+
+    Raises:
+        InputError: the source is none, broken, or missing and may not be left out.
+        UnavailableError: it could not be downloaded, and may not be left out.
+    """
     data = parameters.data
     role, source = ood_sets(parameters)[name]
-    unreadable = sources.Unreadable(data.max_unreadable)
+    unreadable = Unreadable(data.max_unreadable)
     examples = sources.open_ood(source, data.image_size, data.seed, unreadable)
     limited = islice(examples, data.ood_count)
     path = data_file(name, artifacts.FETCHED)
-    entry = datasets.write(
-        path,
-        role,
-        source,
-        limited,
-        data.image_size,
-        data.mode,
-        [],
-        resize=data.resize,
-        interpolation=data.interpolation,
-    )
+    try:
+        entry = datasets.write(
+            path,
+            role,
+            source,
+            limited,
+            data.image_size,
+            data.mode,
+            [],
+            resize=data.resize,
+            interpolation=data.interpolation,
+        )
+    except (MissingError, UnavailableError) as error:
+        if data.missing == "refuse" or role not in KINDS:
+            raise
+        print(f"fetch: the OOD set {name.split('/')[1]} is left out: {error}", flush=True)
+        return {}
     return {name: replace(entry, unreadable=unreadable.images)}
 
 
 def manifest(parameters: Parameters, sets: dict[str, ImageSet]) -> Manifest:
-    """The manifest of what has been fetched."""
+    """The manifest of what has been fetched.
+
+    Raises:
+        MissingError: no OOD test set is among it.
+    """
     wanted = ["train", "validation", "test", *ood_sets(parameters)]
+    missing = {
+        name.removeprefix("ood/"): source
+        for name, (_, source) in ood_sets(parameters).items()
+        if name not in sets
+    }
+    if not any(entry.role in KINDS for entry in sets.values()):
+        raise MissingError(
+            f"None of the OOD sets is there ({', '.join(missing)}): get one of them at least, as "
+            "the lines above say."
+        )
     return Manifest(
         data_parameters(parameters),
         list(sets["train"].classes),
-        {name: sets[name] for name in wanted},
+        {name: sets[name] for name in wanted if name in sets},
+        missing,
     )
 
 

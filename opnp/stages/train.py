@@ -4,56 +4,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from opnp import artifacts, backbones, datasets, devices, sources, training
+from opnp import artifacts, backbones, datasets, devices, training
 from opnp.backbones import Backbone, Preprocessing
 from opnp.datasets import data_file
+from opnp.decoding import class_names
 from opnp.files import digest, write_csv, write_json
 from opnp.networks import NETWORKS
 from opnp.parameters import Parameters
 from opnp.stages import fetch
 
+PART = 2048  # images: two row groups of their file
+
 
 def run(parameters: Parameters) -> dict[str, Any]:
     """Train the backbone, or load its weights, and record how well it classifies."""
-    settings, data, device = parameters.train, parameters.data, devices.device()
-    fetch.manifest_of(parameters)
-    classes = sources.class_names(data_file("train"))
-    read = {
-        split: datasets.read(data_file(split), data.mode, data.image_size)
-        for split in ("train", "validation")
-    }
-    measured = Preprocessing.measured(read["train"][0], data.resize, data.interpolation)
+    settings, device = parameters.train, devices.device()
+    manifest = fetch.manifest_of(parameters)
+    classes = class_names(data_file("train"))
     with devices.deterministic(settings.threads):
         torch.manual_seed(parameters.seed)
-        backbone = (loaded if settings.checkpoint else untrained)(parameters, classes, measured)
-        model = backbone.classifier.to(device)
-        both = {
-            split: (
-                backbone.preprocessing.normalize(datasets.unit(pixels)).to(device),
-                torch.from_numpy(labels).to(device),
-            )
-            for split, (pixels, labels) in read.items()
-        }
-        history = []
-        if not settings.checkpoint:
-            history = training.fit(
-                model,
-                both["train"],
-                both["validation"],
-                epochs=settings.epochs,
-                batch_size=settings.batch_size,
-                learning_rate=settings.learning_rate,
-                weight_decay=settings.weight_decay,
-                shift_pixels=settings.shift_pixels,
-                seed=parameters.seed,
-                optimizer=settings.optimizer,
-                precision=settings.precision,
-                spcp=settings.spcp,
-            )
-        model.eval()
+        if settings.checkpoint:
+            backbone, history = loaded(parameters, classes), []
+        else:
+            backbone = untrained(parameters, classes)
+            history = trained(parameters, backbone, device)
+        model = backbone.classifier.to(device).eval()
         record: dict[str, Any] = {
-            f"{split}_accuracy": training.accuracy(model, *both[split]) for split in both
+            f"{split}_accuracy": accuracy(backbone, split, manifest.sets[split].count, device)
+            for split in ("train", "validation")
         }
     model.cpu()
     backbones.save(artifacts.BACKBONE, backbone)
@@ -85,9 +65,16 @@ def stated(parameters: Parameters) -> Preprocessing | None:
     return None if path is None else Preprocessing.stated(Path(path))
 
 
-def untrained(parameters: Parameters, classes: list[str], measured: Preprocessing) -> Backbone:
+def measured(parameters: Parameters) -> Preprocessing:
+    """The preprocessing measured on the training images, which are all read for it."""
+    data = parameters.data
+    pixels, _ = datasets.read(data_file("train"), data.mode, data.image_size)
+    return Preprocessing.measured(pixels, data.resize, data.interpolation)
+
+
+def untrained(parameters: Parameters, classes: list[str]) -> Backbone:
     """The backbone to train, with the preprocessing measured on the training images if none."""
-    preprocessing = stated(parameters) or measured
+    preprocessing = stated(parameters) or measured(parameters)
     fetch.check_images(parameters, preprocessing)
     spec = {"name": parameters.train.backbone, **options_of(parameters)}
     model = backbones.build(
@@ -96,7 +83,47 @@ def untrained(parameters: Parameters, classes: list[str], measured: Preprocessin
     return Backbone(model, preprocessing, classes, spec)
 
 
-def loaded(parameters: Parameters, classes: list[str], measured: Preprocessing) -> Backbone:
+def trained(
+    parameters: Parameters, backbone: Backbone, device: torch.device
+) -> list[dict[str, float]]:
+    """Train the backbone on images that are all in memory; what each epoch came to."""
+    settings = parameters.train
+
+    def images_of(split: str) -> tuple[Tensor, Tensor]:
+        wanted = backbone.preprocessing
+        pixels, labels = datasets.read(data_file(split), wanted.mode, wanted.size)
+        images = wanted.normalize(datasets.unit(pixels))
+        return images.to(device), torch.from_numpy(labels).to(device)
+
+    return training.fit(
+        backbone.classifier.to(device),
+        images_of("train"),
+        images_of("validation"),
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        shift_pixels=settings.shift_pixels,
+        seed=parameters.seed,
+        optimizer=settings.optimizer,
+        precision=settings.precision,
+        spcp=settings.spcp,
+    )
+
+
+def accuracy(backbone: Backbone, split: str, count: int, device: torch.device) -> float:
+    """Percentage of a split's ``count`` images that are classified right, of which some at a time
+    are in memory."""
+    wanted, hits = backbone.preprocessing, 0
+    for start in range(0, count, PART):
+        stop = min(start + PART, count)
+        pixels, labels = datasets.read(data_file(split), wanted.mode, wanted.size, start, stop)
+        images = wanted.normalize(datasets.unit(pixels)).to(device)
+        hits += training.correct(backbone.classifier, images, torch.from_numpy(labels).to(device))
+    return 100 * hits / count
+
+
+def loaded(parameters: Parameters, classes: list[str]) -> Backbone:
     """The backbone with the weights that train.checkpoint names.
 
     A small network whose weights state no preprocessing is taken for one that was trained here.
@@ -108,7 +135,7 @@ def loaded(parameters: Parameters, classes: list[str], measured: Preprocessing) 
     preprocessing = stated(parameters)
     if preprocessing is None and name in NETWORKS:
         file = backbones.file_of(weights) or Path(weights)
-        preprocessing = None if backbones.read_weights(file)[1] else measured
+        preprocessing = None if backbones.read_weights(file)[1] else measured(parameters)
     options = options_of(parameters)
     backbone = backbones.from_spec(name, weights, preprocessing, classes, **options)
     fetch.check_images(parameters, backbone.preprocessing)

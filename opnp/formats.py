@@ -1,0 +1,421 @@
+"""A user's own files of images: folders of them, Parquet, IDX, and manifests that list them.
+
+Labels and places are read at once, images when they are asked for: a set may be larger than memory.
+Files are taken in the order of their names. What lies in an image folder or is listed in a manifest
+must lie in that folder: links and paths that lead out of it are refused.
+"""
+
+import gzip
+import math
+import os
+import re
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+from PIL import Image
+
+from opnp.decoding import LABEL_COLUMNS, PIXELS, Source, Split, class_names, decode
+from opnp.errors import InputError, MissingError
+from opnp.files import full_disk
+
+__all__ = ["SUFFIXES", "open_files", "read_idx"]
+
+SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+HELD_OUT = ("test", "validation", "val")  # the first that is there is the test split
+IMAGE_COLUMNS = ("image", "img")
+SHARD = re.compile(r"(train|test|validation|val)(?:-(\d+)-of-(\d+).*)?\.parquet")
+DEFLATED = 1032  # times smaller at most is what DEFLATE makes of anything
+
+Part = TypeVar("Part")
+
+
+def open_files(path: Path, labelled: bool) -> Source:
+    """Open a file or folder of images, of whichever kind it is.
+
+    Args:
+        path: a Parquet file in Hugging Face layout, a manifest (.csv or .parquet), or a folder: of
+            Parquet files, of IDX files, or of images.
+        labelled: images have labels and classes names; without it labels are −1.
+
+    Raises:
+        InputError: it is none of these, or broken, or leads out of its folder.
+        MissingError: it is not there.
+    """
+    if path.is_file():
+        if path.suffix == ".csv" or (path.suffix == ".parquet" and is_manifest(path)):
+            return open_manifest(path, labelled)
+        if path.suffix == ".parquet":
+            return open_parquet({"all": [path]}, labelled)
+        raise InputError(f"{path} is neither a Parquet file nor a manifest (.csv): name another.")
+    if not path.is_dir():
+        raise MissingError(f"{path} is not there: put it there, or name another in params.yaml.")
+    if found := parquet_files(path):
+        return open_parquet(found, labelled)
+    if any(path.glob("*-idx[13]-ubyte*")):
+        return open_idx(path, labelled)
+    return open_tree(path, labelled)
+
+
+def divided(found: dict[str, Part]) -> dict[str, Part]:
+    """What is there as ``train`` and ``test``, or as ``all``."""
+    held = next((found[name] for name in HELD_OUT if name in found), None)
+    if held is not None and "train" in found:
+        return {"train": found["train"], "test": held}
+    return {"all": found["train"] if held is None else held}
+
+
+# Parquet in Hugging Face layout
+
+
+def parquet_files(folder: Path) -> dict[str, list[Path]]:
+    """The Parquet files of a folder, or of `data` in it, by split.
+
+    Raises:
+        InputError: some of the files that a split is cut into are missing.
+    """
+    for place in (folder, folder / "data"):
+        paths = sorted(place.glob("*.parquet"))
+        shards: dict[str, list[tuple[Path, str | None]]] = {}
+        for path in paths:
+            if matched := SHARD.fullmatch(path.name):
+                shards.setdefault(matched[1], []).append((path, matched[3]))
+        for split, found in shards.items():
+            for path, count in found:
+                if len(found) != int(count or 1):
+                    raise InputError(
+                        f"{place} holds {len(found)} Parquet file(s) of the split {split} where "
+                        f"{path.name} is one of {int(count or 1)}: fetch them again."
+                    )
+        if shards:
+            return divided({split: [path for path, _ in found] for split, found in shards.items()})
+        if paths:
+            return {"all": paths}
+    return {}
+
+
+def open_parquet(files: dict[str, list[Path]], labelled: bool) -> Source:
+    """Images in Parquet files, which must agree on their classes."""
+    paths = [path for split in files.values() for path in split]
+    classes = class_names(paths[0]) if labelled else []
+    for path in paths[1:] if labelled else ():
+        if class_names(path) != classes:
+            raise InputError(f"{path} names other classes than {paths[0]}: replace one of them.")
+    return Source(classes, {name: parquet_split(split, labelled) for name, split in files.items()})
+
+
+def parquet_split(paths: Sequence[Path], labelled: bool) -> Split:
+    """Images of Parquet files, copied once, still encoded, into a temporary file.
+
+    A row of a Parquet file cannot be read without a good part of the file. The copy takes as much
+    of the disk (of TMPDIR) as the files, and no memory.
+    """
+    spool = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the images)
+    ends, labels, starts = [0], [np.empty(0, np.int64)], [0]
+    for path in paths:
+        for encoded, y in parquet_rows(path, labelled):
+            labels.append(y)
+            for scalar in encoded:
+                data = scalar.as_py() or b""
+                spooled(spool, data)
+                ends.append(ends[-1] + len(data))
+        starts.append(len(ends) - 1)
+    offsets, first = np.array(ends), np.array(starts)
+
+    def name(row: int) -> str:
+        file = int(np.searchsorted(first, row, side="right")) - 1
+        return f"image {row - first[file]} of {paths[file]}"
+
+    def load(row: int) -> Image.Image:
+        data = os.pread(spool.fileno(), int(offsets[row + 1] - offsets[row]), int(offsets[row]))
+        return decode(data, name(row).replace("image", "Image", 1))
+
+    spool.flush()
+    return Split(np.concatenate(labels), load, name)
+
+
+def spooled(spool: IO[bytes], data: bytes) -> None:
+    """Add to a temporary file.
+
+    Raises:
+        InputError: the disk is full.
+    """
+    try:
+        spool.write(data)
+    except OSError as error:
+        if reason := full_disk(error, Path(tempfile.gettempdir())):
+            raise InputError(reason) from error
+        raise
+
+
+def parquet_rows(path: Path, labelled: bool) -> Iterator[tuple[pa.BinaryArray, NDArray[np.int64]]]:
+    """Encoded images and labels of a Parquet file, some at a time."""
+    try:
+        with pq.ParquetFile(path) as file:
+            names = file.schema_arrow.names
+            image = next((name for name in IMAGE_COLUMNS if name in names), IMAGE_COLUMNS[0])
+            label = next((name for name in LABEL_COLUMNS if name in names), None)
+            if labelled and label is None:
+                raise KeyError(f"no column {LABEL_COLUMNS[0]}")
+            columns = [f"{image}.bytes", *([label] if labelled else [])]
+            for batch in file.iter_batches(256, columns=columns):
+                encoded = pc.struct_field(batch.column(image), "bytes")
+                labels = np.full(len(encoded), -1)
+                if labelled:
+                    labels = batch.column(label).cast(pa.int64()).fill_null(-1).to_numpy()
+                yield encoded, labels
+    except (OSError, pa.ArrowException, KeyError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"{path} is no whole Parquet file with a column image.bytes ({reason}): replace it."
+        ) from None
+
+
+# Image files
+
+
+def open_tree(folder: Path, labelled: bool) -> Source:
+    """Image files: FOLDER/train/CLASS and FOLDER/test/CLASS, or FOLDER/CLASS; any if unlabelled.
+
+    Raises:
+        InputError: there are none, or a class has test images only.
+    """
+    parts = {name: folder / name for name in ("train", *HELD_OUT) if (folder / name).is_dir()}
+    found = divided(parts) if len(parts) > 1 and "train" in parts else {"all": folder}
+    if not labelled:
+        splits = {}
+        for split, place in found.items():
+            paths = list(image_files(place))
+            splits[split] = file_split(paths, np.full(len(paths), -1))
+        if not any(map(len, splits.values())):
+            raise InputError(f"{folder} holds no images, Parquet or IDX files: name another.")
+        return Source([], splits)
+    classes = sorted(class_folders(found.get("train", folder)))
+    if not classes:
+        raise InputError(
+            f"{folder} holds no folders named like classes, and no Parquet or IDX files: see "
+            "docs/data.md."
+        )
+    splits = {}
+    for split, place in found.items():
+        if unknown := sorted(set(class_folders(place)) - set(classes)):
+            raise InputError(
+                f"{place} has a folder {unknown[0]!r}, and {found['train']} has none: name "
+                "classes alike in both."
+            )
+        paths, labels = [], []
+        for label, name in enumerate(classes):
+            of_class = list(image_files(place / name)) if (place / name).is_dir() else []
+            paths += of_class
+            labels += [label] * len(of_class)
+        splits[split] = file_split(paths, np.array(labels, np.int64))
+    return Source(classes, splits)
+
+
+def class_folders(folder: Path) -> list[str]:
+    """Names of the folders in a folder, but hidden ones; in no order."""
+    root, entries = folder.resolve(), list(visible(folder))
+    return [entry.name for entry in entries if entry.is_dir() and stays(entry, root)]
+
+
+def image_files(folder: Path) -> Iterator[str]:
+    """Paths of the image files in a folder and the folders in it, sorted; hidden ones are not.
+
+    Raises:
+        InputError: a link in it leads to a folder, or out of it.
+    """
+    root = folder.resolve()
+
+    def within(place: Path | str) -> Iterator[str]:
+        for entry in sorted(visible(place), key=lambda entry: entry.name):
+            if entry.is_dir() and stays(entry, root):
+                yield from within(entry.path)
+            elif Path(entry.name).suffix.lower() in SUFFIXES and stays(entry, root):
+                yield entry.path
+
+    return within(folder)
+
+
+def visible(folder: Path | str) -> Iterator[os.DirEntry[str]]:
+    return (entry for entry in os.scandir(folder) if not entry.name.startswith("."))
+
+
+def stays(entry: os.DirEntry[str], root: Path) -> bool:
+    """True, unless it is a link to a folder, or out of ``root``, which is refused."""
+    if entry.is_symlink() and (
+        entry.is_dir() or not Path(entry.path).resolve().is_relative_to(root)
+    ):
+        raise InputError(
+            f"{entry.path} is a link that leads to a folder, or out of the image folder: put the "
+            "images themselves there, or list them in a manifest above."
+        )
+    return True
+
+
+def file_split(paths: Sequence[str], labels: NDArray[np.int64]) -> Split:
+    return Split(labels, lambda row: decode(Path(paths[row]), paths[row]), lambda row: paths[row])
+
+
+# Manifests of paths
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a Parquet file lists paths and holds no images."""
+    try:
+        names = pq.read_schema(path).names
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} is no whole Parquet file ({reason}): replace it.") from None
+    return "path" in names and not set(names) & set(IMAGE_COLUMNS)
+
+
+def open_manifest(path: Path, labelled: bool) -> Source:
+    """Image files listed in columns ``path`` and ``label``, and ``split`` (train, test) if divided.
+
+    Paths are relative to the manifest. Classes are the labels that occur, numbers in their order.
+
+    Raises:
+        InputError: a column or value is missing, a path leads out of the manifest's folder, or a
+            label occurs in the test split only.
+    """
+    columns = read_manifest(path, ("path", "label") if labelled else ("path",))
+    places = [inside(path, row, place) for row, place in enumerate(columns["path"])]
+    labels = columns.get("label", []) if labelled else []
+    numbers = all(re.fullmatch(r"\d{1,18}", label) for label in labels)
+    classes = sorted(set(labels), key=(lambda label: (int(label), label)) if numbers else None)
+    number = {name: label for label, name in enumerate(classes)}
+    rows: dict[str, list[int]] = {}
+    for row, split in enumerate(columns.get("split", ["all"] * len(places))):
+        if split not in ("train", *HELD_OUT) and "split" in columns:
+            raise InputError(
+                f"Row {row} of {path} is of split {split!r}: call splits train and test."
+            )
+        rows.setdefault(split, []).append(row)
+    if not places:
+        raise InputError(f"{path} lists no images: fill it.")
+    found = divided(rows) if "split" in columns else rows
+    if "train" in found and labelled:
+        known = {labels[row] for row in found["train"]}
+        if unknown := sorted({labels[row] for row in found["test"]} - known):
+            raise InputError(
+                f"{path} has the label {unknown[0]!r} in its test split only: correct it."
+            )
+    splits = {}
+    for split, chosen in found.items():
+        y = [number[labels[row]] for row in chosen] if labelled else [-1] * len(chosen)
+        splits[split] = file_split([places[row] for row in chosen], np.array(y, np.int64))
+    return Source(classes, splits)
+
+
+def read_manifest(path: Path, needed: tuple[str, ...]) -> dict[str, list[str]]:
+    """The columns of a manifest, as text."""
+    try:
+        if path.suffix == ".csv":
+            text = {name: pa.string() for name in ("path", "label", "split")}
+            options = pa.csv.ConvertOptions(column_types=text)
+            table = pa.csv.read_csv(path, convert_options=options)
+        else:
+            table = pq.read_table(path)
+        columns = {
+            name: table.column(name).cast(pa.string()).to_pylist()
+            for name in ("path", "label", "split")
+            if name in table.column_names
+        }
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} is no whole manifest ({reason}): replace it.") from None
+    for name in needed:
+        if name not in columns:
+            raise InputError(f"{path} has no column {name}: add it.")
+        if not all(columns[name]):
+            row = next(row for row, value in enumerate(columns[name]) if not value)
+            raise InputError(f"Row {row} of {path} has no {name}: fill it in.")
+    return columns
+
+
+def inside(manifest: Path, row: int, place: str) -> str:
+    """The path of a manifest's row, which must not lead out of the manifest's folder."""
+    full = os.path.join(manifest.parent, place)  # noqa: PTH118
+    if Path(place).is_absolute() or not Path(full).resolve().is_relative_to(
+        manifest.parent.resolve()
+    ):
+        raise InputError(
+            f"Row {row} of {manifest} is {place}, which leads out of {manifest.parent}/: put the "
+            "manifest above all its images, and write paths relative to it."
+        )
+    return full
+
+
+# IDX files
+
+
+def open_idx(folder: Path, labelled: bool) -> Source:
+    """``train-`` and ``t10k-images-idx3-ubyte`` with their labels, plain or .gz, as MNIST has."""
+    if not labelled:
+        return Source([], {"test": idx_split(folder, "t10k", labelled)})
+    splits = {"train": idx_split(folder, "train", True), "test": idx_split(folder, "t10k", True)}
+    count = int(splits["train"].labels.max(initial=-1)) + 1
+    return Source([str(label) for label in range(count)], splits)
+
+
+def idx_split(folder: Path, part: str, labelled: bool) -> Split:
+    images = read_idx(folder / f"{part}-images-idx3-ubyte")
+    labels = read_idx(folder / f"{part}-labels-idx1-ubyte")
+    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+        raise InputError(
+            f"{folder} holds {len(images)} {part} images but {len(labels)} labels: replace them."
+        )
+    if images[0].size > PIXELS:
+        raise InputError(f"{folder} holds {part} images of absurd dimensions: replace them.")
+    return Split(
+        labels.astype(np.int64) if labelled else np.full(len(labels), -1),
+        lambda row: Image.fromarray(np.array(images[row])),
+        lambda row: f"{part} image {row} of {folder}",
+    )
+
+
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    """Map an IDX file of unsigned bytes, plain or gzipped (the format's home: the MNIST page).
+
+    A gzipped one is unpacked into a temporary file, no further than its header says.
+
+    Raises:
+        InputError: the file is missing, truncated or of another format.
+    """
+    packed = path.with_name(path.name + ".gz")
+    plain = path.exists()
+    broken = InputError(f"{path} is not a whole IDX file of unsigned bytes: replace it.")
+    try:
+        limit = path.stat().st_size if plain else DEFLATED * packed.stat().st_size
+        with open(path, "rb") if plain else gzip.open(packed) as file:
+            head = file.read(4)
+            dimensions = head[3] if head[:3] == b"\0\0\x08" and len(head) == 4 else 0
+            sizes = file.read(4 * dimensions)
+            shape = np.frombuffer(sizes[: len(sizes) // 4 * 4], ">u4").tolist()
+            count, start = math.prod(shape), 4 + 4 * dimensions
+            if len(shape) != dimensions or dimensions == 0 or not 0 < count <= limit:
+                raise broken
+            if plain:
+                if limit != start + count:
+                    raise broken
+                return np.memmap(path, np.uint8, "r", start, tuple(shape))
+            spool, left = tempfile.TemporaryFile(), count + 1  # noqa: SIM115
+            while left and (block := file.read(min(left, 1 << 20))):
+                spooled(spool, block)
+                left -= len(block)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing (plain or .gz): put it there.") from None
+    except (EOFError, zlib.error, OSError) as error:
+        raise InputError(f"{packed} is damaged ({error}): replace it.") from None
+    if left != 1:
+        raise broken
+    spool.flush()
+    return np.memmap(spool, np.uint8, "r", shape=tuple(shape))
