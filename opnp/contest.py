@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -111,8 +110,8 @@ def check_unseen(folder: Path) -> None:
     """
 
     def images(path: Path) -> set[bytes]:
-        column = pq.read_table(path, columns=["image.bytes"]).column(0).combine_chunks()
-        return {hashlib.sha256(each.as_py()).digest() for each in column.field("bytes")}
+        encoded = datasets.read_encoded(path).encoded
+        return {hashlib.sha256(each.as_py()).digest() for each in encoded}
 
     judged = images(data_file("test", folder))
     for split in ("train", "validation"):
