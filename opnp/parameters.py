@@ -231,10 +231,10 @@ class Engine(Section):
 class Retrain(Section):
     """When a challenger replaces the champion, and when the monitor asks for one."""
 
-    evaluation: str = Field("frozen", min_length=1)
-    max_accuracy_drop: float = Field(0.0, ge=0, le=100)
+    evaluation: Annotated[str, Field(min_length=1)] = "frozen"
+    max_accuracy_drop: Annotated[float, Field(ge=0, le=100)] = 0.0
     bootstrap: Positive = 1000
-    max_flagged: float = Field(20.0, ge=0, le=100)
+    max_flagged: Annotated[float, Field(ge=0, le=100)] = 20.0
     min_images: Positive = 100
 
 

@@ -12,6 +12,7 @@ import torch
 
 import opnp
 from flows import monitor, retrain
+from flows import versions as dvc_versions
 from opnp import contest, parameters, registry, saved, stages
 from opnp.errors import InputError
 from opnp.parameters import Parameters
@@ -47,7 +48,7 @@ def disturbed(detector: SavedDetector, noise: float) -> SavedDetector:
     with torch.no_grad():
         for weight in backbone.classifier.encoder.parameters():
             scale = noise * float(weight.std())
-            weight += scale * torch.randn(weight.shape, generator=generator)
+            weight.add_(scale * torch.randn(weight.shape, generator=generator))
     return replace(detector, backbone=backbone)
 
 
@@ -119,7 +120,7 @@ def test_a_failure_leaves_the_champion_and_is_made_up_for(
     def failing(*_: Any, **__: Any) -> Any:
         raise OSError("no")
 
-    for module, name in ((contest, "compare"), (retrain.versions, "push"), (registry, "promote")):
+    for module, name in ((contest, "compare"), (dvc_versions, "push"), (registry, "promote")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, failing)
             with pytest.raises(OSError, match="no"):
