@@ -21,9 +21,9 @@ from typing import Any
 from PIL import Image
 
 from opnp import saved
+from opnp.decoding import UNDECODABLE, decode
 from opnp.errors import InputError
 from opnp.saved import SavedDetector
-from opnp.sources import UNDECODABLE, decode
 
 __all__ = ["Limits", "Served", "limited", "save", "serve"]
 
