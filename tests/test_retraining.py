@@ -11,14 +11,14 @@ import pytest
 import torch
 
 import opnp
-from flows import monitor, retrain
-from flows import versions as dvc_versions
+from flows import monitor, retrain, versions
 from opnp import contest, parameters, registry, saved, stages
 from opnp.errors import InputError
 from opnp.parameters import Parameters
 from opnp.saved import SavedDetector
 from tests import own_model
-from tests.conftest import ROOT
+from tests.conftest import ROOT, new_workspace, run_program, set_parameters
+from tests.test_pipeline import SMALL
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def aliases() -> dict[str, str]:
     return registry.aliases_of(registry.registry(), "opnp")
 
 
-def versions() -> list[Any]:
+def registered() -> list[Any]:
     return list(registry.registry().search_model_versions("name = 'opnp'"))
 
 
@@ -93,7 +93,7 @@ def test_one_challenger_is_promoted_and_another_rejected(
 
     for name in ("weak", "good", "worse"):  # nothing twice
         assert retrain.contend(Path(name), chosen) == "unchanged"
-    assert len(versions()) == 3
+    assert len(registered()) == 3
     assert aliases() == {"champion": "2", "challenger": "3"}
     assert told == [f"opnp.retrain.{each}" for each in ("promoted", "promoted", "rejected")]
 
@@ -120,7 +120,7 @@ def test_a_failure_leaves_the_champion_and_is_made_up_for(
     def failing(*_: Any, **__: Any) -> Any:
         raise OSError("no")
 
-    for module, name in ((contest, "compare"), (dvc_versions, "push"), (registry, "promote")):
+    for module, name in ((contest, "compare"), (versions, "push"), (registry, "promote")):
         with monkeypatch.context() as patch:
             patch.setattr(module, name, failing)
             with pytest.raises(OSError, match="no"):
@@ -128,7 +128,7 @@ def test_a_failure_leaves_the_champion_and_is_made_up_for(
         assert aliases()["champion"] == "1", name
     assert retrain.contend(Path("good"), chosen) == "promoted"
     assert aliases()["champion"] == "2"
-    assert len(versions()) == 2
+    assert len(registered()) == 2
 
 
 def test_better_but_less_accurate_is_rejected(
@@ -202,3 +202,24 @@ def test_monitor_counts_each_image_once(
     scores = saved.load("good", trust=own_model.SPEC).score(sorted(recent.glob("*.png")))
     assert flagged[0] == pytest.approx(100 * float(np.mean(scores.is_ood)))
     assert flagged[0] < 20 < flagged[1]
+
+
+@pytest.mark.slow
+def test_retraining_from_the_sources_on(tmp_path: Path, prefect_api: str) -> None:
+    """The whole command: a first champion, a better one, and one that is rejected."""
+    folder = new_workspace(tmp_path, {**SMALL, "train.epochs": 1})
+    decisions = []
+    for epochs in (1, 1, 15, 2):
+        set_parameters(folder, {"train.epochs": epochs})
+        done = run_program(
+            "python", "-m", "flows.retrain", cwd=folder, env={"PREFECT_API_URL": prefect_api}
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        (told,) = [line for line in done.stdout.splitlines() if line.startswith("retrain: ")]
+        decisions.append(told.split(",")[0].removeprefix("retrain: "))
+    assert decisions == [
+        "version 1 promoted",
+        "version 1 has been judged before",
+        "version 2 promoted",
+        "version 3 rejected",
+    ]
