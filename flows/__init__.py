@@ -35,6 +35,7 @@ def end(number: int, _: Any) -> NoReturn:
 
 
 # A command (python -m flows.NAME) imports for seconds before `flows.program` takes its signals.
-if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+if sys.argv[0] == "-m":
     for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, end)
+        if signal.getsignal(each) is not signal.SIG_IGN:  # as SIGINT of a command in the background
+            signal.signal(each, end)

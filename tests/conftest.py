@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -13,6 +14,10 @@ import pytest
 from filelock import FileLock
 from hypothesis import settings
 from ruamel.yaml import YAML
+
+# Commands in the background ignore SIGINT, and so would the programs that tests send it to.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Small products on more threads than cores take many times longer than on one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
