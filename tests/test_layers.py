@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("images", "baselines"),
     ("saved", "detector"),
     ("export", "fitting", "scoring", "serving"),
-    ("comparison",),
+    ("comparison", "contest"),
     ("parameters",),
     ("report",),
     ("stages", "tracking", "registry", "cli", "__main__"),

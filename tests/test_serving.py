@@ -12,7 +12,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,8 @@ def started(words: list[str], cwd: Path, port: int) -> Iterator[str]:
                 time.sleep(0.2)
         yield address
     finally:
-        os.killpg(server.pid, 15)
+        with suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(server.pid, 15)
         server.wait(30)
 
 
