@@ -1,13 +1,7 @@
 """Retraining: what is promoted, what is rejected, and what leaves the champion untouched."""
 
 import copy
-import os
-import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +16,6 @@ from opnp import contest, parameters, registry, saved, stages
 from opnp.errors import InputError
 from opnp.parameters import Parameters
 from opnp.saved import SavedDetector
-from opnp.sources import open_ood
 from tests import own_model
 from tests.conftest import ROOT, new_workspace, run_program, set_parameters
 from tests.test_pipeline import SMALL
@@ -230,43 +223,3 @@ def test_retraining_from_the_sources_on(tmp_path: Path, prefect_api: str) -> Non
         "version 2 promoted",
         "version 3 rejected",
     ]
-
-
-@pytest.mark.slow
-def test_the_schedule_retrains_and_the_monitor_asks_for_more(
-    workspace: Path, prefect_api: str
-) -> None:
-    """A real server starts the flow that is served: when it is time, and when it is asked to."""
-    images = workspace / "recent"
-    images.mkdir()
-    for row, (image, _) in zip(range(30), open_ood("noise", 8, 0), strict=False):
-        image.save(images / f"{row}.png")
-    set_parameters(workspace, {"retrain.min_images": 20, "retrain.max_flagged": 0})
-    env = {"PREFECT_API_URL": prefect_api}
-    with (workspace / "serve.log").open("w") as log:
-        served = subprocess.Popen(
-            [sys.executable, "-m", "flows.retrain", "--serve", "--interval", "10"],
-            cwd=workspace,
-            env={**os.environ, **env},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    try:
-        late = time.monotonic() + 240
-        while "champion" not in aliases():
-            assert served.poll() is None, (workspace / "serve.log").read_text()
-            assert time.monotonic() < late, (workspace / "serve.log").read_text()
-            time.sleep(0.5)
-        done = None
-        while done is None or "at work in this workspace" in done.stderr:  # a run that is due
-            assert time.monotonic() < late
-            done = run_program("python", "-m", "flows.monitor", "recent", cwd=workspace, env=env)
-        assert done.returncode == monitor.BEYOND, done.stdout + done.stderr
-        assert re.search("monitor: retraining .* is asked for", done.stdout)
-    finally:
-        os.killpg(served.pid, signal.SIGKILL)
-        served.wait()
-    again = run_program("python", "-m", "flows.monitor", "recent", cwd=workspace, env=env)
-    assert again.returncode == 0, again.stderr  # all of them have been counted
-    assert "0 new images" in again.stdout
