@@ -9,6 +9,10 @@ import signal
 import sys
 from typing import Any, NoReturn
 
+from opnp import memory
+
+memory.keep()
+
 for name, value in {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from opnp import memory
 from opnp.errors import InputError
 from opnp.files import write_json
 
@@ -335,6 +336,7 @@ def serve(
 
 def main() -> None:
     """Run the program; what is wrong with the input is told in one sentence."""
+    memory.keep()
     try:
         app()
     except InputError as error:

@@ -9,7 +9,17 @@ ROOT = Path(__file__).parents[1]
 
 # From the bottom up; a module may import from its own layer's predecessors and its own layer.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "files", "energy", "progress", "artifacts", "devices", "storage", "networks"),
+    (
+        "errors",
+        "files",
+        "energy",
+        "progress",
+        "artifacts",
+        "devices",
+        "memory",
+        "storage",
+        "networks",
+    ),
     ("tensors", "sensitivity", "masks", "metrics", "tables", "heads", "decoding"),
     ("search", "builtin", "collections", "formats"),
     ("sources",),
