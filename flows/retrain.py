@@ -20,7 +20,6 @@ from opnp.backbones import is_factory
 from opnp.contest import Verdict
 from opnp.errors import InputError
 from opnp.parameters import Parameters
-from opnp.saved import SavedDetector
 from opnp.stages import detector as stage
 from opnp.tracking import experiment_name
 
@@ -33,24 +32,6 @@ DECISION = "decision"  # of a version, which is judged once
 def trusted(chosen: Parameters) -> str | None:
     """The factory that the workspace's own parameters name, if its backbone is one."""
     return chosen.train.backbone if is_factory(chosen.train.backbone) else None
-
-
-def challenger(chosen: Parameters) -> SavedDetector:
-    """The detector of the workspace's run, in its folder; one that is the same but for the time of
-    its making stays, so that it is registered once."""
-
-    def but_time(detector: SavedDetector) -> dict[str, Any]:
-        about = {key: value for key, value in detector.describe().items() if key != "digest"}
-        return about | {"made": {key: v for key, v in about["made"].items() if key != "at"}}
-
-    made = stage.from_run(chosen)
-    try:
-        before = saved.load(DETECTOR, trust=trusted(chosen))
-        if but_time(before) == but_time(made):
-            return before
-    except InputError:
-        pass  # none, or damaged
-    return made.save(DETECTOR, overwrite=DETECTOR.exists())
 
 
 def check_frozen(client: Any, folder: Path) -> None:
@@ -137,7 +118,7 @@ def retrained() -> str:
         pipeline.pipeline()
         contest.freeze(evaluation)
         contest.check_unseen(evaluation)
-        challenger(chosen)
+        stage.from_run(chosen).save(DETECTOR, overwrite=DETECTOR.exists())
         return contend(DETECTOR, chosen)
 
 

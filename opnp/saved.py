@@ -51,7 +51,7 @@ MODEL, HEAD, MASK = "model.safetensors", "head.safetensors", "mask.safetensors"
 SENSITIVITY = "sensitivity.safetensors"
 FILES = (MODEL, HEAD, MASK, SENSITIVITY)
 SENSITIVITIES = ("weights", "neurons_mean", "neurons_gradient", "neurons_taylor")
-FORMAT = 1
+FORMAT = 2
 
 LIBRARIES = ("opnp", "torch", "torchvision", "numpy", "pillow")
 
@@ -182,8 +182,8 @@ class SavedDetector:
         sensitivity: at that clip and temperature, of the unpruned head.
         threshold: above which an image is OOD.
         made: how it was made: data, search, versions, time.
-        digest: SHA-256 of what the folder says of itself, the digests of its files included; empty
-            until it is saved.
+        digest: SHA-256 of what the folder says of itself, the digests of its files included, but
+            not when it was made, so that the same is the same; empty until it is saved.
     """
 
     backbone: Backbone
@@ -343,7 +343,10 @@ class SavedDetector:
 
 
 def digest_of(about: dict[str, Any]) -> str:
-    """SHA-256 of JSON, whatever its order and spaces."""
+    """SHA-256 of JSON, whatever its order and spaces, and whenever what it describes was made."""
+    made = about.get("made")
+    if isinstance(made, dict):
+        about = about | {"made": {key: value for key, value in made.items() if key != "at"}}
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 

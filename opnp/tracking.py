@@ -335,7 +335,8 @@ def log_model(
     Args:
         client: of MLflow.
         folder: the detector.
-        run: id of the run that made it; without one a run is made for it.
+        run: id of the run that made it; without one, that of the pipeline's run that trained its
+            backbone, or a run of its own.
         trust: the ``package.module:factory`` that may run, if its model is one.
         metrics: to show beside the model, with those of its search.
 
@@ -358,6 +359,7 @@ def log_model(
     found, now = about["made"]["search"], int(time.time() * 1000)
     experiment = experiment_id(client)
     tags = {"backbone": backbone, "detector.digest": about["digest"]}
+    run = run or run_of(client, experiment, about["made"].get("backbone"))
     own = run is None
     if run is None:
         run = str(client.create_run(experiment, now, tags, f"detector-{backbone}").info.run_id)
@@ -373,8 +375,8 @@ def log_model(
         client.log_model_artifacts(model.model_id, str(path))
     client.finalize_logged_model(model.model_id, "READY")
     client.log_outputs(run, [LoggedModelOutput(model.model_id, 0)])
-    figures = {f"search/{key}": found[key] for key in ("fpr95", "auroc", "accuracy", "pruned")}
-    figures |= {"threshold": about["threshold"]["value"], **(metrics or {})}
+    figures = {f"detector/{key}": found[key] for key in ("fpr95", "auroc", "accuracy", "pruned")}
+    figures |= {"detector/threshold": about["threshold"]["value"], **(metrics or {})}
     shown = [
         Metric(key, float(value), now, 0, model_id=model.model_id, run_id=run)
         for key, value in figures.items()
@@ -383,6 +385,15 @@ def log_model(
     if own:
         client.set_terminated(run)
     return model
+
+
+def run_of(client: Any, experiment: str, backbone: str | None) -> str | None:
+    """The id of the pipeline's latest run with a backbone, known by its SHA-256."""
+    if backbone is None:
+        return None
+    wanted = f"tags.record != '' and tags.`backbone.sha256` = '{backbone}'"
+    found = client.search_runs([experiment], wanted, order_by=["start_time DESC"], max_results=1)
+    return str(found[0].info.run_id) if found else None
 
 
 def experiment_id(client: Any) -> str:

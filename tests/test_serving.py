@@ -143,7 +143,7 @@ def test_champions_follow_and_return(registered: Path, detector_folder: Path) ->
     model = client.get_logged_model(version.source.removeprefix("models:/"))
     shown = {metric.key: metric.value for metric in model.metrics}
     assert shown["mean/fpr95"] == 12.5
-    assert shown["search/accuracy"] > 90
+    assert shown["detector/accuracy"] > 90
     assert model.params["backbone"] == SPEC
     assert model.source_run_id
     assert client.get_run(model.source_run_id).info.status == "FINISHED"
