@@ -1,7 +1,10 @@
 """Progress of long work: a bar with rate and ETA on a terminal, plain lines otherwise."""
 
+import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 from rich.console import Console
@@ -16,7 +19,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-__all__ = ["track"]
+__all__ = ["counting", "track"]
 
 T = TypeVar("T")
 
@@ -32,6 +35,15 @@ class Rate(ProgressColumn):
 
 def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
     """Yield ``items``, ``total`` of them, showing how far the work has come."""
+    with counting(description, total) as advance:
+        for item in items:
+            yield item
+            advance(1)
+
+
+@contextmanager
+def counting(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show how far work of ``total`` items has come; it tells each time how many more are done."""
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (
@@ -42,14 +54,31 @@ def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=console) as progress:
-            yield from progress.track(items, total, description=description)
+            yield partial(progress.advance, progress.add_task(description, total=total))
         return
-    start = last = time.monotonic()
-    for done, item in enumerate(items, 1):
-        yield item
-        now = time.monotonic()
-        if now - last >= LINE_EVERY or (done == total and now - start >= 1):
-            rate = done / (now - start)
+    done, start, ended = 0, time.monotonic(), threading.Event()
+
+    def advance(more: int) -> None:
+        nonlocal done
+        done += more
+
+    def tell() -> None:
+        # A thread of its own, since items may come hundreds at once, and then none for a while.
+        told, since, over = 0, start, False
+        while not over:
+            over = ended.wait(LINE_EVERY)
+            now = time.monotonic()
+            if done == told or now - start < 1:
+                continue
+            rate = done / (now - start) if over else (done - told) / (now - since)
             left = (total - done) / rate
             console.print(f"{description}: {done}/{total}, {rate:.3g}/s, {left:.0f} s left")
-            last = now
+            told, since = done, now
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield advance
+    finally:
+        ended.set()
+        teller.join()
