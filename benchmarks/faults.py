@@ -5,10 +5,10 @@ In a new clone of this repository ``python -m flows.pipeline`` runs on the digit
 its end. In another clone it is killed again and again (SIGKILL to it, its children and its own
 Prefect server), each time when as many shards are there as were drawn, up to 20 ms later; every run
 goes on from what the last has left. SIGINT and SIGTERM stop it in between, and the last run runs to
-its end. Sums take so little time that runs overshoot: before a run that is to be ended among them
-the last ones are removed. What is committed here is run, with this interpreter's packages. Goals:
-the same bits, no whole shard made twice, and signals that end a run in one sentence. Where one is
-missed the exit code is 1.
+its end. Shards take so little time that runs overshoot: what is there beyond the number drawn for
+the next run is removed before it. What is committed here is run, with this interpreter's packages.
+Goals: the same bits, no whole shard made twice, and signals that end a run in one sentence. Where
+one is missed the exit code is 1.
 
 Run ``python -m benchmarks.faults [--kills N] [--seed N] [--json]``; a kill costs about 15 s.
 """
@@ -178,9 +178,9 @@ class Interrupted:
         return process.returncode, lines[-1] if lines else "", len(left)
 
     def make_room(self, aim: int) -> None:
-        """Remove the last sums, where a run has made more than ``aim`` before it was ended."""
-        sums = sorted(path for path in self.kept if path.suffix == ".safetensors")
-        for path in sums[len(sums) - max(0, len(self.kept) - aim) :]:
+        """Remove the last shards, where a run has made more than ``aim`` before it was ended."""
+        by_stage = sorted(self.kept, key=lambda path: (path.suffix == ".safetensors", path))
+        for path in by_stage[aim:]:
             (self.folder / path).unlink()
             del self.kept[path]
 
@@ -212,9 +212,8 @@ def measured(folder: Path, kills: int, seed: int) -> dict[str, Any]:
     aims += drawn.sample(range(first, total - 6), late)
     told: dict[signal.Signals, tuple[int, str, int]] = {}
     for aim, number in zip(sorted(aims), ends, strict=True):
-        if aim >= first:
-            runs.make_room(aim)
-        told[number] = runs.end(max(aim, len(runs.kept)), number)
+        runs.make_room(aim)
+        told[number] = runs.end(aim, number)
         begun = f"{number.name} at {len(runs.kept)} of {total} shards, in {runs.seconds[-1]:.0f} s"
         print(f"{begun}; made twice so far: {len(runs.twice)}", file=sys.stderr, flush=True)
     last = finish(rough)
