@@ -130,10 +130,10 @@ def fit(
 ) -> None:
     """Make a detector of a trained classifier and images.
 
-    Images are a folder of them, Parquet files, IDX files, a manifest (.csv, .parquet),
-    torchvision:NAME or pytorch-ood:NAME. Of what is divided --id-train takes the split train,
-    --id-val validation, else test. Where classes of --id-val (folders, say) are named like the
-    model's its images are labelled; else agreement with the unpruned model stands in for accuracy.
+    Images are a folder of them, of Parquet or of IDX files, a manifest (.csv, .parquet),
+    torchvision:NAME or pytorch-ood:NAME. Of a divided source --id-train takes the split train,
+    --id-val validation, else test. If classes of --id-val, such as folders, are named like the
+    model's, its images are labelled; else agreement with the unpruned model stands in for accuracy.
     A fit that was stopped goes on where it was.
 
     Example: opnp fit --model torchvision:resnet50 --weights resnet50.pth --id-train train
@@ -191,9 +191,7 @@ def fit(
 
 @app.command()
 def score(
-    paths: Annotated[
-        list[str], typer.Argument(help="Images, or folders, Parquet files, … of them.")
-    ],
+    paths: Annotated[list[str], typer.Argument(help="Images: files, or sources of them.")],
     detector: Detector,
     out: Annotated[Path, typer.Option(help="The table to write, .parquet.")],
     trust: Trust = None,
@@ -203,8 +201,8 @@ def score(
 ) -> None:
     """Score images: a table of file (or file#row), score, is_ood and predicted class.
 
-    Images are whatever `opnp fit` takes, or single files; of what is divided the split test is
-    scored. Larger scores mean OOD. Images that cannot be read are named and left out: exit code 3.
+    Images are single files, or what `opnp fit` takes; of a divided source the split test. Larger
+    scores mean OOD. Images that cannot be read are named and left out: exit code 3.
 
     Example: opnp score --detector detector today/ extra.png --out scores.parquet
     """
@@ -234,7 +232,7 @@ def evaluate(
     """Measure how well a detector tells OOD images from ID ones, beside the unpruned energy.
 
     FPR95 is the share of OOD images that a threshold which keeps 95 % of the ID images lets pass.
-    Images are whatever `opnp fit` takes; of what is divided the split test.
+    Images are what `opnp fit` takes; of a divided source the split test.
 
     Example: opnp evaluate --detector detector --id test --ood sketches=sketches --ood noise=noise
     --json evaluation.json

@@ -284,7 +284,10 @@ def image_files(folder: Path) -> Iterator[tuple[str, str | None]]:
 
 
 def visible(folder: Path | str) -> Iterator[os.DirEntry[str]]:
-    return (entry for entry in os.scandir(folder) if not entry.name.startswith("."))
+    try:
+        return (entry for entry in os.scandir(folder) if not entry.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({error.strerror}): allow it.") from None
 
 
 def stays(entry: os.DirEntry[str], root: Path) -> bool:
