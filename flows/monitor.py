@@ -6,7 +6,6 @@ Images are known by their SHA-256, and counted once for as long as they lie in t
 import argparse
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,12 +36,7 @@ def new_images(folder: Path) -> tuple[Images, list[str]]:
     before = set(seen.get(str(folder.resolve()), []))
     of = {digest(path): row for row, path in reversed(list(enumerate(found.paths)))}
     rows = {sha256: row for sha256, row in of.items() if sha256 not in before}
-    chosen = replace(
-        found,
-        paths=[found.paths[row] for row in rows.values()],
-        folders=[found.folders[row] for row in rows.values()],
-    )
-    return chosen, list(of)
+    return found.select(list(rows.values())), list(of)
 
 
 def log(folder: Path, figures: dict[str, float]) -> None:

@@ -93,8 +93,8 @@ def fit(
     weights: Annotated[
         Path | None, typer.Option(help="The model's weights: .safetensors, .pt or .pth.")
     ] = None,
-    id_train: Annotated[Path | None, typer.Option(help="Training images, labelled or not.")] = None,
-    id_val: Annotated[Path | None, typer.Option(help="Other images of the same kind.")] = None,
+    id_train: Annotated[str | None, typer.Option(help="Training images, labelled or not.")] = None,
+    id_val: Annotated[str | None, typer.Option(help="Other images of the same kind.")] = None,
     from_run: Annotated[
         bool, typer.Option("--from-run", help="Take it all from the pipeline's run in this folder.")
     ] = False,
@@ -128,10 +128,13 @@ def fit(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a detector.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a detector of a trained classifier and folders of images.
+    """Make a detector of a trained classifier and images.
 
-    Folders below --id-val named like classes label its images; without them, agreement with the
-    unpruned model stands in for accuracy. A fit that was stopped goes on where it was.
+    Images are a folder of them, of Parquet or of IDX files, a manifest (.csv, .parquet),
+    torchvision:NAME or pytorch-ood:NAME. Of a divided source --id-train takes the split train,
+    --id-val validation, else test. If classes of --id-val, such as folders, are named like the
+    model's, its images are labelled; else agreement with the unpruned model stands in for accuracy.
+    A fit that was stopped goes on where it was.
 
     Example: opnp fit --model torchvision:resnet50 --weights resnet50.pth --id-train train
     --id-val val --out detector
@@ -169,7 +172,8 @@ def fit(
             seed=seed,
             batch_size=batch_size,
         )
-        train, validation = images.find(id_train), images.find(id_val)
+        train = images.find(id_train, part="train", asked="--id-train")
+        validation = images.find(id_val, part="validation", asked="--id-val")
         find_own_code()
         backbone = backbones.from_spec(
             model,
@@ -187,7 +191,7 @@ def fit(
 
 @app.command()
 def score(
-    paths: Annotated[list[Path], typer.Argument(help="Images, or folders of images.")],
+    paths: Annotated[list[str], typer.Argument(help="Images: files, or sources of them.")],
     detector: Detector,
     out: Annotated[Path, typer.Option(help="The table to write, .parquet.")],
     trust: Trust = None,
@@ -195,9 +199,10 @@ def score(
     batch_size: BatchSize = 64,
     as_json: AsJson = False,
 ) -> None:
-    """Score images: a table of file, score, is_ood and predicted class.
+    """Score images: a table of file (or file#row), score, is_ood and predicted class.
 
-    Larger scores mean OOD. Images that cannot be read are named and left out: exit code 3.
+    Images are single files, or what `opnp fit` takes; of a divided source the split test. Larger
+    scores mean OOD. Images that cannot be read are named and left out: exit code 3.
 
     Example: opnp score --detector detector today/ extra.png --out scores.parquet
     """
@@ -215,7 +220,7 @@ def score(
 @app.command()
 def evaluate(
     detector: Detector,
-    id_images: Annotated[Path, typer.Option("--id", help="ID images that fit has not seen.")],
+    id_images: Annotated[str, typer.Option("--id", help="ID images that fit has not seen.")],
     ood: Annotated[list[str], typer.Option(help="NAME=PATH of an OOD set; may be repeated.")],
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here.")
@@ -227,6 +232,7 @@ def evaluate(
     """Measure how well a detector tells OOD images from ID ones, beside the unpruned energy.
 
     FPR95 is the share of OOD images that a threshold which keeps 95 % of the ID images lets pass.
+    Images are what `opnp fit` takes; of a divided source the split test.
 
     Example: opnp evaluate --detector detector --id test --ood sketches=sketches --ood noise=noise
     --json evaluation.json
@@ -236,8 +242,8 @@ def evaluate(
     places = {name: path for name, _, path in (entry.partition("=") for entry in ood)}
     if len(places) < len(ood) or not all(places) or not all(places.values()):
         raise InputError("Every --ood is NAME=PATH, and every NAME another.")
-    sets = {name: images.find(path) for name, path in places.items()}
-    inside = images.find(id_images)
+    sets = {name: images.find(path, asked=f"--ood {name}") for name, path in places.items()}
+    inside = images.find(id_images, asked="--id")
     found = scoring.evaluate(loaded(detector, trust, device), inside, sets, batch_size)
     if json_file:
         write_json(json_file, found)

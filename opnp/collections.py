@@ -4,6 +4,7 @@ Files that are there are used as they are; others are downloaded to `downloads/`
 may. The libraries unpack archives: here no member may leave its folder.
 """
 
+import hashlib
 import inspect
 import tarfile
 from difflib import get_close_matches
@@ -26,8 +27,11 @@ DOWNLOADS = Path("downloads")
 LIBRARIES = ("torchvision", "pytorch-ood")
 
 # What the libraries call their splits, in the order in which they are asked for.
-TRAIN = ("train", "train-standard")
-TEST = ("test", "val")
+SPLITS = {
+    "train": ("train", "train-standard"),
+    "validation": ("val", "test"),
+    "test": ("test", "val"),
+}
 # Arguments without which a data set would not be the common one, or would fill the disk.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "INaturalist": {"version": "2021_valid"},
@@ -35,35 +39,34 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-def open_collection(spec: str, labelled: bool) -> Source:
+def open_collection(spec: str, part: str | None = None) -> Source:
     """Open a data set of another library by name.
 
     Args:
         spec: ``torchvision:NAME`` or ``pytorch-ood:NAME``.
-        labelled: images have labels and classes names; without it labels are −1, and of a data set
-            that is divided only the test split is opened.
+        part: ``train``, ``validation`` or ``test``: of a data set that is divided one split is
+            opened, with labels where they are listed. Without it all is opened, and must be
+            labelled.
 
     Raises:
         InputError: there is no such data set, or it has no labels.
         UnavailableError: its files are not there and could not be downloaded.
     """
     library, _, name = spec.partition(":")
-    if library == "pytorch-ood" and labelled:
+    if library == "pytorch-ood" and part is None:
         raise InputError(f"{spec} has no labels: take it for an OOD set, not for data.id.")
     factory = named(library, name)
-    accepted = inspect.signature(factory).parameters
-    if not labelled:
-        held = opened(spec, factory, accepted, TEST)
-        return Source([], {"test": split_of(held, spec, np.full(len(held), -1))})
-    if not {"train", "split"} & set(accepted):
-        sets = {"all": (spec, opened(spec, factory, accepted, TRAIN))}
-    else:
-        sets = {
-            part: (f"the {part} split of {spec}", opened(spec, factory, accepted, names))
-            for part, names in (("train", TRAIN), ("test", TEST))
-        }
+    accepted = set(inspect.signature(factory).parameters)
+    sets = {}
+    for each in ("train", "test") if part is None else (part,):
+        split, data = opened(spec, factory, accepted, each)
+        if split == "all":
+            sets = {split: (spec, data)}
+            break
+        sets[each if part is None else split] = (f"{spec}/{split}", data)
     splits = {
-        part: split_of(data, where, labels_of(data, where)) for part, (where, data) in sets.items()
+        split: split_of(data, where, labels_of(data, where, part is None))
+        for split, (where, data) in sets.items()
     }
     first = next(iter(sets.values()))[1]
     classes = getattr(first, "classes", None)
@@ -91,23 +94,24 @@ def named(library: str, name: str) -> Any:
     return factory
 
 
-def opened(spec: str, factory: Any, accepted: Any, names: tuple[str, ...]) -> Any:
-    """One split of a data set: from the files that are there, else downloaded."""
+def opened(spec: str, factory: Any, accepted: set[str], part: str) -> tuple[str, Any]:
+    """One split of a data set, with its name: from the files that are there, else downloaded."""
     ours = spec.startswith("torchvision:")
     root = DOWNLOADS if ours else DOWNLOADS / "pytorch-ood"
     arguments = ARGUMENTS.get(factory.__name__, {}) if ours else {}
-    choices: list[dict[str, Any]] = [{}]
+    choices: list[tuple[str, dict[str, Any]]] = [("all", {})]
     if "train" in accepted:
-        choices = [{"train": names is TRAIN}]
+        train = part == "train"
+        choices = [("train" if train else "test", {"train": train})]
     elif key := next((key for key in ("split", "subset") if key in accepted), None):
-        choices = [{key: name} for name in names]
-    for chosen in choices:
+        choices = [(name, {key: name}) for name in SPLITS[part]]
+    for name, chosen in choices:
         try:
             try:
-                return factory(str(root), **arguments, **chosen)
+                return name, factory(str(root), **arguments, **chosen)
             except (OSError, RuntimeError):  # what is not there
                 root.mkdir(parents=True, exist_ok=True)
-                return factory(str(root), **arguments, **chosen, download=True)
+                return name, factory(str(root), **arguments, **chosen, download=True)
         except (TypeError, ValueError, AssertionError) as error:  # no such split
             refused = error
         except (OSError, RuntimeError) as error:
@@ -122,31 +126,47 @@ def opened(spec: str, factory: Any, accepted: Any, names: tuple[str, ...]) -> An
 
 
 def split_of(dataset: Any, where: str, labels: NDArray[np.int64]) -> Split:
+    def name(row: int) -> str:
+        return f"{where}#{row}"
+
     def load(row: int) -> Image.Image:
-        named = f"Image {row} of {where}"
         try:
             image = dataset[row][0]
             if not isinstance(image, Image.Image):
                 raise TypeError(f"{type(image).__name__} is no image")
-            return whole(image, named)  # some are opened only
+            return whole(image, name(row))  # some are opened only
         except InputError:
             raise
         except (*UNDECODABLE, TypeError) as error:
-            raise InputError(f"{named} is not a whole image ({error}): remove it.") from None
+            raise InputError(f"{name(row)} is not a whole image ({error}): remove it.") from None
 
-    return Split(labels, load, lambda row: f"image {row} of {where}")
+    def state(row: int) -> object:  # which files it is of, the library alone knows
+        try:
+            image = load(row)
+            return [image.mode, *image.size, hashlib.sha256(image.tobytes()).hexdigest()]
+        except InputError as error:
+            return str(error)
+
+    return Split(labels, load, name, state)
 
 
-def labels_of(dataset: Any, where: str) -> NDArray[np.int64]:
+def labels_of(dataset: Any, where: str, needed: bool) -> NDArray[np.int64]:
     """Labels, int64 (N,), without decoding images where the data set lists them somewhere.
 
+    Where they are not needed, and not listed or no numbers, they are −1.
+
     Raises:
-        InputError: they are no numbers.
+        InputError: they are needed and no numbers.
     """
+    none = np.full(len(dataset), -1)
     try:
         for name in ("targets", "labels", "_labels"):
             if len(listed := getattr(dataset, name, ())) == len(dataset):
                 return np.asarray([int(label) for label in listed], np.int64)
+        if not needed:
+            return none
         return np.asarray([int(dataset[row][1]) for row in range(len(dataset))], np.int64)
     except (TypeError, ValueError) as error:
+        if not needed:
+            return none
         raise InputError(f"{where} has no labels of classes ({error}): name another.") from None

@@ -91,12 +91,15 @@ class Split:
     Attributes:
         labels: int64 (N,); −1 where there are none.
         load: decodes the image of a row; raises `InputError` if that is none.
-        name: names the image of a row, in words.
+        name: names the image of a row: the path of its file, or ``file#row``, counted from 0.
+        state: what differs once the image of a row is another, as JSON has it: of its file, size
+            and time.
     """
 
     labels: NDArray[np.int64]
     load: Callable[[int], Image.Image]
     name: Callable[[int], str]
+    state: Callable[[int], object]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -108,6 +111,7 @@ class Split:
             np.asarray(labels, np.int64),
             lambda row: self.load(int(chosen[row])),
             lambda row: self.name(int(chosen[row])),
+            lambda row: self.state(int(chosen[row])),
         )
 
     def examples(
@@ -137,7 +141,8 @@ class Source(NamedTuple):
 
     Attributes:
         classes: their names, in the order of the labels; none where images have no labels.
-        splits: ``train`` and ``test``, or ``all`` where the source is not divided.
+        splits: ``train`` and ``test``, or ``all`` where the source is not divided; or the one
+            that was asked for.
     """
 
     classes: list[str]

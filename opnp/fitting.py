@@ -128,10 +128,9 @@ class Shards:
         starts = rows[::SHARD]
         for start in track(starts, f"features of {name} (shards of {SHARD})", len(starts)):
             part = rows[start : start + SHARD]
-            files = [images.paths[row] for row in part]
-            listed = [[str(f), (at := f.stat()).st_size, at.st_mtime_ns] for f in files]
             path = self.folder / f"{name}-{start // SHARD:05d}.safetensors"
-            lost = self.write_once(path, {"images": listed}, partial(self.encode, images, part))
+            origin = {"images": images.states(part)}
+            lost = self.write_once(path, origin, partial(self.encode, images, part))
             self.unreadable += lost
             if len(self.unreadable) > self.settings.max_unreadable:
                 raise InputError(
@@ -219,8 +218,8 @@ def fit(
 ) -> SavedDetector:
     """Make a detector of a trained classifier; no label is needed, and no OOD image.
 
-    Labels of the validation images are the names of their folders, where these are names of
-    classes. Without them accuracy is agreement with the unpruned model.
+    Validation images are labelled where their source's classes are the model's. Without labels
+    accuracy is agreement with the unpruned model.
 
     Args:
         backbone: the classifier with its preprocessing.
@@ -232,7 +231,7 @@ def fit(
         device: where the model runs.
 
     Raises:
-        InputError: images cannot be read, their folders are of other classes, or the model's
+        InputError: images cannot be read, some of them only are of the model's classes, or its
             features are not finite.
     """
     settings, device = settings or Settings(), torch.device(device)
@@ -270,7 +269,7 @@ def fit(
         "validation": {
             "source": validation.source,
             "images": len(h),
-            "labels": "none: agreement with the unpruned model" if labels is None else "folders",
+            "labels": "none: agreement with the unpruned model" if labels is None else "given",
         },
         "unreadable": shards.unreadable,
         "device": device.type,

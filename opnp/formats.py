@@ -27,24 +27,27 @@ from opnp.decoding import LABEL_COLUMNS, PIXELS, Source, Split, class_names, dec
 from opnp.errors import InputError, MissingError
 from opnp.files import full_disk
 
-__all__ = ["SUFFIXES", "open_files", "read_idx"]
+__all__ = ["PARTS", "SUFFIXES", "open_files", "read_idx"]
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 HELD_OUT = ("test", "validation", "val")  # the first that is there is the test split
+PARTS = {"train": ("train",), "validation": ("validation", "val", "test"), "test": HELD_OUT}
+"""The splits that serve as a part of a source: the first that is there."""
 IMAGE_COLUMNS = ("image", "img")
 SHARD = re.compile(r"(train|test|validation|val)(?:-(\d+)-of-(\d+).*)?\.parquet")
 DEFLATED = 1032  # times smaller at most is what DEFLATE makes of anything
 
-Part = TypeVar("Part")
+Found = TypeVar("Found")
 
 
-def open_files(path: Path, labelled: bool) -> Source:
+def open_files(path: Path, part: str | None = None) -> Source:
     """Open a file or folder of images, of whichever kind it is.
 
     Args:
         path: a Parquet file in Hugging Face layout, a manifest (.csv or .parquet), or a folder: of
-            Parquet files, of IDX files, or of images.
-        labelled: images have labels and classes names; without it labels are −1.
+            Parquet files, of IDX files, or of images; with ``part`` also one image.
+        part: a key of `PARTS`: of a source that is divided one split is opened, with labels and
+            classes where it has any. Without it all is opened, and must be labelled.
 
     Raises:
         InputError: it is none of these, or broken, or leads out of its folder.
@@ -52,21 +55,27 @@ def open_files(path: Path, labelled: bool) -> Source:
     """
     if path.is_file():
         if path.suffix == ".csv" or (path.suffix == ".parquet" and is_manifest(path)):
-            return open_manifest(path, labelled)
+            return open_manifest(path, part)
         if path.suffix == ".parquet":
-            return open_parquet({"all": [path]}, labelled)
-        raise InputError(f"{path} is neither a Parquet file nor a manifest (.csv): name another.")
+            return open_parquet({"all": [path]}, part)
+        if part is None:
+            raise InputError(
+                f"{path} is neither a Parquet file nor a manifest (.csv): name another."
+            )
+        return Source([], {"all": file_split([str(path)], np.array([-1]))})
     if not path.is_dir():
-        raise MissingError(f"{path} is not there: put it there, or name another in params.yaml.")
-    if found := parquet_files(path):
-        return open_parquet(found, labelled)
+        raise MissingError(f"{path} is not there: put it there, or name another.")
+    if found := parquet_files(path, part):
+        return open_parquet(found, part)
     if any(path.glob("*-idx[13]-ubyte*")):
-        return open_idx(path, labelled)
-    return open_tree(path, labelled)
+        return open_idx(path, part)
+    return open_tree(path, part)
 
 
-def divided(found: dict[str, Part]) -> dict[str, Part]:
-    """What is there as ``train`` and ``test``, or as ``all``."""
+def divided(found: dict[str, Found], part: str | None) -> dict[str, Found]:
+    """What is there as ``train`` and ``test``, or as ``all``; of one part, by its own name."""
+    if part is not None and (name := next((n for n in PARTS[part] if n in found), None)):
+        return {name: found[name]}
     held = next((found[name] for name in HELD_OUT if name in found), None)
     if held is not None and "train" in found:
         return {"train": found["train"], "test": held}
@@ -76,7 +85,7 @@ def divided(found: dict[str, Part]) -> dict[str, Part]:
 # Parquet in Hugging Face layout
 
 
-def parquet_files(folder: Path) -> dict[str, list[Path]]:
+def parquet_files(folder: Path, part: str | None) -> dict[str, list[Path]]:
     """The Parquet files of a folder, or of `data` in it, by split.
 
     Raises:
@@ -96,20 +105,35 @@ def parquet_files(folder: Path) -> dict[str, list[Path]]:
                         f"{path.name} is one of {int(count or 1)}: fetch them again."
                     )
         if shards:
-            return divided({split: [path for path, _ in found] for split, found in shards.items()})
-        if paths:
-            return {"all": paths}
+            files = {split: [path for path, _ in found] for split, found in shards.items()}
+            return divided(files, part)
+        if holding := [path for path in paths if column_names(path) & set(IMAGE_COLUMNS)]:
+            return {"all": holding}  # a table of scores, say, may lie among images
     return {}
 
 
-def open_parquet(files: dict[str, list[Path]], labelled: bool) -> Source:
-    """Images in Parquet files, which must agree on their classes."""
+def open_parquet(files: dict[str, list[Path]], part: str | None) -> Source:
+    """Images in Parquet files, which must agree on their classes if images must be labelled."""
+    labelled = part is None
     paths = [path for split in files.values() for path in split]
-    classes = class_names(paths[0]) if labelled else []
-    for path in paths[1:] if labelled else ():
-        if class_names(path) != classes:
-            raise InputError(f"{path} names other classes than {paths[0]}: replace one of them.")
-    return Source(classes, {name: parquet_split(split, labelled) for name, split in files.items()})
+    names = class_names if labelled else names_if_any
+    classes = names(paths[0])
+    others = [path for path in paths[1:] if names(path) != classes]
+    if others and labelled:
+        raise InputError(f"{others[0]} names other classes than {paths[0]}: replace one of them.")
+    splits = {name: parquet_split(split, labelled) for name, split in files.items()}
+    if not classes:  # then they are numbers, if there are no more of them than images
+        labels = np.concatenate([split.labels for split in splits.values()])
+        count = int(labels.max(initial=-1)) + 1
+        classes = [str(label) for label in range(count)] if count <= len(labels) else []
+    return Source([] if others else classes, splits)
+
+
+def names_if_any(path: Path) -> list[str]:
+    try:
+        return class_names(path)
+    except (TypeError, ValueError):  # a file that is damaged is told of when it is read
+        return []
 
 
 def parquet_split(paths: Sequence[Path], labelled: bool) -> Split:
@@ -119,6 +143,7 @@ def parquet_split(paths: Sequence[Path], labelled: bool) -> Split:
     of the disk (of TMPDIR) as the files, and no memory.
     """
     spool = tempfile.TemporaryFile()  # noqa: SIM115 (it lives as long as the images)
+    states = [state_of(path) for path in paths]  # before they are read: what changes later is told
     ends, labels, starts = [0], [np.empty(0, np.int64)], [0]
     for path in paths:
         for encoded, y in parquet_rows(path, labelled):
@@ -130,16 +155,27 @@ def parquet_split(paths: Sequence[Path], labelled: bool) -> Split:
         starts.append(len(ends) - 1)
     offsets, first = np.array(ends), np.array(starts)
 
+    def file_of(row: int) -> int:
+        return int(np.searchsorted(first, row, side="right")) - 1
+
     def name(row: int) -> str:
-        file = int(np.searchsorted(first, row, side="right")) - 1
-        return f"image {row - first[file]} of {paths[file]}"
+        return f"{paths[file_of(row)]}#{row - first[file_of(row)]}"
 
     def load(row: int) -> Image.Image:
         data = os.pread(spool.fileno(), int(offsets[row + 1] - offsets[row]), int(offsets[row]))
-        return decode(data, name(row).replace("image", "Image", 1))
+        return decode(data, name(row))
 
     spool.flush()
-    return Split(np.concatenate(labels), load, name)
+    return Split(np.concatenate(labels), load, name, lambda row: states[file_of(row)])
+
+
+def state_of(path: Path | str) -> list[int]:
+    """Size and time of a file, which differ once it is another; nothing if it is not there."""
+    try:
+        found = os.stat(path)  # noqa: PTH116
+    except OSError:
+        return []
+    return [found.st_size, found.st_mtime_ns]
 
 
 def spooled(spool: IO[bytes], data: bytes) -> None:
@@ -157,7 +193,7 @@ def spooled(spool: IO[bytes], data: bytes) -> None:
 
 
 def parquet_rows(path: Path, labelled: bool) -> Iterator[tuple[pa.BinaryArray, NDArray[np.int64]]]:
-    """Encoded images and labels of a Parquet file, some at a time."""
+    """Encoded images and labels of a Parquet file, some at a time; −1 where there are none."""
     try:
         with pq.ParquetFile(path) as file:
             names = file.schema_arrow.names
@@ -165,11 +201,13 @@ def parquet_rows(path: Path, labelled: bool) -> Iterator[tuple[pa.BinaryArray, N
             label = next((name for name in LABEL_COLUMNS if name in names), None)
             if labelled and label is None:
                 raise KeyError(f"no column {LABEL_COLUMNS[0]}")
-            columns = [f"{image}.bytes", *([label] if labelled else [])]
+            if label and not (labelled or pa.types.is_integer(file.schema_arrow.field(label).type)):
+                label = None
+            columns = [f"{image}.bytes", *([label] if label else [])]
             for batch in file.iter_batches(256, columns=columns):
                 encoded = pc.struct_field(batch.column(image), "bytes")
                 labels = np.full(len(encoded), -1)
-                if labelled:
+                if label:
                     labels = batch.column(label).cast(pa.int64()).fill_null(-1).to_numpy()
                 yield encoded, labels
     except (OSError, pa.ArrowException, KeyError, TypeError) as error:
@@ -182,41 +220,40 @@ def parquet_rows(path: Path, labelled: bool) -> Iterator[tuple[pa.BinaryArray, N
 # Image files
 
 
-def open_tree(folder: Path, labelled: bool) -> Source:
-    """Image files: FOLDER/train/CLASS and FOLDER/test/CLASS, or FOLDER/CLASS; any if unlabelled.
+def open_tree(folder: Path, part: str | None) -> Source:
+    """Image files: FOLDER/train/CLASS and FOLDER/test/CLASS, or FOLDER/CLASS.
+
+    Of a part they may lie anywhere; those in no folder of a class have no label.
 
     Raises:
         InputError: there are none, or a class has test images only.
     """
     parts = {name: folder / name for name in ("train", *HELD_OUT) if (folder / name).is_dir()}
-    found = divided(parts) if len(parts) > 1 and "train" in parts else {"all": folder}
-    if not labelled:
-        splits = {}
-        for split, place in found.items():
-            paths = list(image_files(place))
-            splits[split] = file_split(paths, np.full(len(paths), -1))
-        if not any(map(len, splits.values())):
-            raise InputError(f"{folder} holds no images, Parquet or IDX files: name another.")
-        return Source([], splits)
-    classes = sorted(class_folders(found.get("train", folder)))
-    if not classes:
+    whole = len(parts) < 2 or "train" not in parts
+    found = {"all": folder} if whole else divided(parts, part)
+    first = next(iter(found.values()))
+    classes = sorted(class_folders(first))
+    if part is None and not classes:
         raise InputError(
             f"{folder} holds no folders named like classes, and no Parquet or IDX files: see "
             "docs/data.md."
         )
+    number: dict[str | None, int] = {name: label for label, name in enumerate(classes)}
     splits = {}
     for split, place in found.items():
         if unknown := sorted(set(class_folders(place)) - set(classes)):
             raise InputError(
-                f"{place} has a folder {unknown[0]!r}, and {found['train']} has none: name "
+                f"{place} has a folder {unknown[0]!r}, and {first} has none: name "
                 "classes alike in both."
             )
         paths, labels = [], []
-        for label, name in enumerate(classes):
-            of_class = list(image_files(place / name)) if (place / name).is_dir() else []
-            paths += of_class
-            labels += [label] * len(of_class)
+        for path, top in image_files(place):
+            if top is not None or part is not None:
+                paths.append(path)
+                labels.append(number.get(top, -1))
         splits[split] = file_split(paths, np.array(labels, np.int64))
+    if part is not None and not any(map(len, splits.values())):
+        raise InputError(f"{folder} holds no images, Parquet or IDX files: name another.")
     return Source(classes, splits)
 
 
@@ -226,26 +263,31 @@ def class_folders(folder: Path) -> list[str]:
     return [entry.name for entry in entries if entry.is_dir() and stays(entry, root)]
 
 
-def image_files(folder: Path) -> Iterator[str]:
-    """Paths of the image files in a folder and the folders in it, sorted; hidden ones are not.
+def image_files(folder: Path) -> Iterator[tuple[str, str | None]]:
+    """Paths of the image files in a folder, sorted, each with the folder in it that it lies in.
+
+    Hidden files and folders are passed over.
 
     Raises:
         InputError: a link in it leads to a folder, or out of it.
     """
     root = folder.resolve()
 
-    def within(place: Path | str) -> Iterator[str]:
+    def within(place: Path | str, top: str | None) -> Iterator[tuple[str, str | None]]:
         for entry in sorted(visible(place), key=lambda entry: entry.name):
             if entry.is_dir() and stays(entry, root):
-                yield from within(entry.path)
+                yield from within(entry.path, top or entry.name)
             elif Path(entry.name).suffix.lower() in SUFFIXES and stays(entry, root):
-                yield entry.path
+                yield entry.path, top
 
-    return within(folder)
+    return within(folder, None)
 
 
 def visible(folder: Path | str) -> Iterator[os.DirEntry[str]]:
-    return (entry for entry in os.scandir(folder) if not entry.name.startswith("."))
+    try:
+        return (entry for entry in os.scandir(folder) if not entry.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({error.strerror}): allow it.") from None
 
 
 def stays(entry: os.DirEntry[str], root: Path) -> bool:
@@ -261,7 +303,12 @@ def stays(entry: os.DirEntry[str], root: Path) -> bool:
 
 
 def file_split(paths: Sequence[str], labels: NDArray[np.int64]) -> Split:
-    return Split(labels, lambda row: decode(Path(paths[row]), paths[row]), lambda row: paths[row])
+    return Split(
+        labels,
+        lambda row: decode(Path(paths[row]), paths[row]),
+        lambda row: paths[row],
+        lambda row: state_of(paths[row]),
+    )
 
 
 # Manifests of paths
@@ -269,15 +316,19 @@ def file_split(paths: Sequence[str], labels: NDArray[np.int64]) -> Split:
 
 def is_manifest(path: Path) -> bool:
     """Whether a Parquet file lists paths and holds no images."""
+    names = column_names(path)
+    return "path" in names and not names & set(IMAGE_COLUMNS)
+
+
+def column_names(path: Path) -> set[str]:
     try:
-        names = pq.read_schema(path).names
+        return set(pq.read_schema(path).names)
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{path} is no whole Parquet file ({reason}): replace it.") from None
-    return "path" in names and not set(names) & set(IMAGE_COLUMNS)
 
 
-def open_manifest(path: Path, labelled: bool) -> Source:
+def open_manifest(path: Path, part: str | None) -> Source:
     """Image files listed in columns ``path`` and ``label``, and ``split`` (train, test) if divided.
 
     Paths are relative to the manifest. Classes are the labels that occur, numbers in their order.
@@ -286,11 +337,12 @@ def open_manifest(path: Path, labelled: bool) -> Source:
         InputError: a column or value is missing, a path leads out of the manifest's folder, or a
             label occurs in the test split only.
     """
-    columns = read_manifest(path, ("path", "label") if labelled else ("path",))
+    columns = read_manifest(path, ("path", "label") if part is None else ("path",))
     places = [inside(path, row, place) for row, place in enumerate(columns["path"])]
-    labels = columns.get("label", []) if labelled else []
-    numbers = all(re.fullmatch(r"\d{1,18}", label) for label in labels)
-    classes = sorted(set(labels), key=(lambda label: (int(label), label)) if numbers else None)
+    labels = columns.get("label", [""] * len(places))
+    known = set(filter(None, labels))
+    numbers = all(re.fullmatch(r"\d{1,18}", label) for label in known)
+    classes = sorted(known, key=(lambda label: (int(label), label)) if numbers else None)
     number = {name: label for label, name in enumerate(classes)}
     rows: dict[str, list[int]] = {}
     for row, split in enumerate(columns.get("split", ["all"] * len(places))):
@@ -301,16 +353,16 @@ def open_manifest(path: Path, labelled: bool) -> Source:
         rows.setdefault(split, []).append(row)
     if not places:
         raise InputError(f"{path} lists no images: fill it.")
-    found = divided(rows) if "split" in columns else rows
-    if "train" in found and labelled:
-        known = {labels[row] for row in found["train"]}
-        if unknown := sorted({labels[row] for row in found["test"]} - known):
+    found = divided(rows, part) if "split" in columns else rows
+    if "train" in found and part is None:
+        trained = {labels[row] for row in found["train"]}
+        if unknown := sorted({labels[row] for row in found["test"]} - trained):
             raise InputError(
                 f"{path} has the label {unknown[0]!r} in its test split only: correct it."
             )
     splits = {}
     for split, chosen in found.items():
-        y = [number[labels[row]] for row in chosen] if labelled else [-1] * len(chosen)
+        y = [number.get(labels[row], -1) for row in chosen]
         splits[split] = file_split([places[row] for row in chosen], np.array(y, np.int64))
     return Source(classes, splits)
 
@@ -357,18 +409,18 @@ def inside(manifest: Path, row: int, place: str) -> str:
 # IDX files
 
 
-def open_idx(folder: Path, labelled: bool) -> Source:
+def open_idx(folder: Path, part: str | None) -> Source:
     """``train-`` and ``t10k-images-idx3-ubyte`` with their labels, plain or .gz, as MNIST has."""
-    if not labelled:
-        return Source([], {"test": idx_split(folder, "t10k", labelled)})
-    splits = {"train": idx_split(folder, "train", True), "test": idx_split(folder, "t10k", True)}
-    count = int(splits["train"].labels.max(initial=-1)) + 1
+    wanted = divided({"train": "train", "test": "t10k"}, part)
+    splits = {name: idx_split(folder, prefix) for name, prefix in wanted.items()}
+    count = int(next(iter(splits.values())).labels.max(initial=-1)) + 1
     return Source([str(label) for label in range(count)], splits)
 
 
-def idx_split(folder: Path, part: str, labelled: bool) -> Split:
-    images = read_idx(folder / f"{part}-images-idx3-ubyte")
-    labels = read_idx(folder / f"{part}-labels-idx1-ubyte")
+def idx_split(folder: Path, part: str) -> Split:
+    path = folder / f"{part}-images-idx3-ubyte"
+    state = state_of(path) or state_of(f"{path}.gz")
+    images, labels = read_idx(path), read_idx(folder / f"{part}-labels-idx1-ubyte")
     if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
         raise InputError(
             f"{folder} holds {len(images)} {part} images but {len(labels)} labels: replace them."
@@ -376,9 +428,10 @@ def idx_split(folder: Path, part: str, labelled: bool) -> Split:
     if images[0].size > PIXELS:
         raise InputError(f"{folder} holds {part} images of absurd dimensions: replace them.")
     return Split(
-        labels.astype(np.int64) if labelled else np.full(len(labels), -1),
+        labels.astype(np.int64),
         lambda row: Image.fromarray(np.array(images[row])),
-        lambda row: f"{part} image {row} of {folder}",
+        lambda row: f"{path}#{row}",
+        lambda row: state,
     )
 
 

@@ -1,4 +1,4 @@
-"""A user's image files: found in folders, labelled by them, decoded and preprocessed in batches."""
+"""A user's images, from any source: labelled by it, decoded and preprocessed in batches."""
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from opnp.backbones import Preprocessing
-from opnp.decoding import decode
+from opnp.decoding import Split
 from opnp.errors import InputError
-from opnp.formats import SUFFIXES
+from opnp.sources import open_part
 
 __all__ = ["Batch", "Images", "find"]
 
@@ -35,39 +36,74 @@ class Batch:
 
 @dataclass(frozen=True)
 class Images:
-    """Files of images.
+    """Images of one or more sources.
 
     Attributes:
         source: where they were found, in words.
-        paths: of the files, sorted.
-        folders: for each, the folder below the one that was searched; none if it lies in that one.
+        classes: names of the sources' own classes, if they have any.
+        split: the images, with labels among these classes.
     """
 
     source: str
-    paths: list[Path]
-    folders: list[str | None]
+    classes: list[str]
+    split: Split
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.split)
 
-    def labels(self, classes: Sequence[str]) -> NDArray[np.int64] | None:
-        """Labels (N,) by names of folders; None if no folder is named like a class.
+    @property
+    def paths(self) -> list[Path]:
+        """Paths of the images.
 
         Raises:
-            InputError: some folders are named like classes, and others are not.
+            InputError: one is no file of its own, but a row of another.
         """
-        named = sorted({folder for folder in self.folders if folder is not None})
-        unknown = [folder for folder in named if folder not in classes]
-        if len(unknown) == len(named):
-            return None
-        if unknown or None in self.folders:
-            odd = f"the folder {unknown[0]!r}" if unknown else "an image outside of all folders"
-            raise InputError(
-                f"{self.source} holds folders of some of the model's classes, but also {odd}: "
-                "name all folders like classes, or none."
-            )
+        paths = [Path(self.name(row)) for row in range(len(self))]
+        if other := next((path for path in paths if not path.is_file()), None):
+            raise InputError(f"{other} is no image file: name a folder of image files.")
+        return paths
+
+    def name(self, row: int) -> str:
+        """The path of an image, or ``file#row``, counted from 0."""
+        return self.split.name(row)
+
+    def select(self, rows: Sequence[int]) -> "Images":
+        """These images alone, in this order."""
+        split = self.split.select(rows, self.split.labels[list(rows)])
+        return Images(self.source, self.classes, split)
+
+    def states(self, rows: Sequence[int]) -> list[object]:
+        """The names of images and what differs once one is another, as JSON has it."""
+        with ThreadPoolExecutor(DECODERS) as pool:
+            found = pool.map(self.split.state, rows)
+            return [[self.name(row), state] for row, state in zip(rows, found, strict=True)]
+
+    def labels(self, classes: Sequence[str]) -> NDArray[np.int64] | None:
+        """Labels (N,) among a model's classes; None if no image is of a class named like one.
+
+        A source whose classes are the numbers from 0 on, as many as the model has classes, numbers
+        these, unless they have such names themselves.
+
+        Raises:
+            InputError: some images are of such classes, and others are not.
+        """
         place = {name: label for label, name in enumerate(classes)}
-        return np.array([place[str(folder)] for folder in self.folders], np.int64)
+        numbers = {str(label): label for label in range(len(classes))}
+        if set(self.classes) == numbers.keys() and not numbers.keys() & place.keys():
+            place = numbers
+        labels = np.array([*(place.get(name, -1) for name in self.classes), -1], np.int64)
+        labels = labels[self.split.labels]  # −1 is the last
+        if not (labels >= 0).any():
+            return None
+        if (labels < 0).any():
+            row = int(np.argmax(labels < 0))
+            own = int(self.split.labels[row])
+            odd = "one of no class" if own < 0 else f"of the class {self.classes[own]!r}"
+            raise InputError(
+                f"{self.source} holds images of some of the model's classes, but also {odd} "
+                f"({self.name(row)}): name all classes, or folders, like the model's, or none."
+            )
+        return labels
 
     def batches(
         self, preprocessing: Preprocessing, rows: Sequence[int], size: int
@@ -75,11 +111,8 @@ class Images:
         """Preprocessed images, ``size`` at a time; the next are decoded while these are used."""
 
         def read(row: int) -> NDArray[np.uint8] | InputError:
-            path = self.paths[row]
             try:
-                return preprocessing.pixels(decode(path.read_bytes(), str(path)))
-            except OSError as error:
-                return InputError(f"{path} cannot be read ({error.strerror}): correct the path.")
+                return preprocessing.pixels(self.split.load(row))
             except InputError as error:
                 return error
 
@@ -94,28 +127,52 @@ class Images:
                 yield Batch(list(whole), list(whole.values()), lost)
 
 
-def find(*places: str | Path) -> Images:
-    """Image files by their paths, and those of folders, at any depth, by their suffixes.
+def find(*places: str | Path, part: str = "test", asked: str = "") -> Images:
+    """Images of sources, as `opnp.sources.open_part` opens them.
+
+    Args:
+        places: image files, folders, Parquet files, manifests, ``torchvision:NAME``, …
+        part: ``train``, ``validation`` or ``test``: of sources that are divided.
+        asked: the option that names them, for error messages.
 
     Raises:
-        InputError: a path does not exist, or there is no image.
+        InputError: there is no such source, or it is broken, or there is no image.
     """
-    paths: list[Path] = []
-    folders: list[str | None] = []
-    for place in map(Path, places):
-        if place.is_file():
-            paths.append(place)
-            folders.append(None)
-            continue
-        if not place.is_dir():
-            raise InputError(f"{place} is neither a file nor a folder: correct the path.")
-        below = sorted(
-            path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
-        )
-        paths += below
-        parts = [path.relative_to(place).parts for path in below]
-        folders += [each[0] if len(each) > 1 else None for each in parts]
-    source = ", ".join(map(str, places))
-    if not paths:
-        raise InputError(f"{source} holds no image ({', '.join(sorted(SUFFIXES))}): add some.")
-    return Images(source, paths, folders)
+    words, splits = [], []
+    opened = [open_part(str(place), part, asked) for place in places]
+    classes = sorted({name for source in opened for name in source.classes})
+    number = {name: label for label, name in enumerate(classes)}
+    for place, source in zip(places, opened, strict=True):
+        [(name, split)] = source.splits.items()
+        words.append(str(place) if name == "all" else f"the {name} split of {place}")
+        own = np.array([*(number[each] for each in source.classes), -1], np.int64)
+        known = (split.labels >= 0) & (split.labels < len(source.classes))
+        labels = own[np.where(known, split.labels, -1)]
+        splits.append(split.select(np.arange(len(split)), labels))
+    found = Images(", ".join(words), classes, joined(splits))
+    if not len(found):
+        raise InputError(f"{asked} {found.source} holds no image: add some.".strip())
+    return found
+
+
+def joined(splits: Sequence[Split]) -> Split:
+    """The images of all, one split after the other."""
+    ends = np.cumsum([len(split) for split in splits])
+
+    def at(row: int) -> tuple[Split, int]:
+        place = int(np.searchsorted(ends, row, side="right"))
+        return splits[place], row - int(ends[place]) + len(splits[place])
+
+    def load(row: int) -> Image.Image:
+        split, own = at(row)
+        return split.load(own)
+
+    def name(row: int) -> str:
+        split, own = at(row)
+        return split.name(own)
+
+    def state(row: int) -> object:
+        split, own = at(row)
+        return split.state(own)
+
+    return Split(np.concatenate([split.labels for split in splits]), load, name, state)

@@ -1,4 +1,4 @@
-"""Scoring image files with a detector: a table of scores, and metrics over sets of images."""
+"""Scoring images with a detector: a table of scores, and metrics over sets of images."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -54,7 +54,7 @@ class Summary:
 
 
 def score(detector: SavedDetector, images: Images, out: Path, batch_size: int = 64) -> Summary:
-    """Write the scores of image files as Parquet: file, score, is_ood and predicted class.
+    """Write the scores of images as Parquet: file (or file#row), score, is_ood, predicted class.
 
     Images that cannot be read are left out, counted and named; memory is that of a few batches.
 
@@ -69,7 +69,7 @@ def score(detector: SavedDetector, images: Images, out: Path, batch_size: int = 
                 summary.unreadable += map(str, batch.lost.values())
                 if batch.rows:
                     scores = detector.predict(unit(np.stack(batch.pixels)))
-                    names = [str(images.paths[row]) for row in batch.rows]
+                    names = [images.name(row) for row in batch.rows]
                     columns = [names, scores.score, scores.is_ood, scores.predicted]
                     file.write_batch(pa.record_batch(columns, schema=file.schema))
                     summary.images += len(scores)
@@ -133,7 +133,7 @@ def evaluate(
 
     Args:
         detector: what is judged.
-        inside: ID images it has not seen, in folders named like classes if accuracy is asked for.
+        inside: ID images it has not seen; labelled, if accuracy is asked for.
         outside: OOD sets by name.
         batch_size: images that go through the model at once.
 
@@ -143,8 +143,8 @@ def evaluate(
         of ``energy``) and ``mean`` over the sets; all in percent.
 
     Raises:
-        InputError: a set has no image that can be read, there is no OOD set, or only some folders
-            of the ID images are named like classes.
+        InputError: a set has no image that can be read, there is no OOD set, or only some of the
+            ID images are of the model's classes.
     """
     if not outside:
         raise InputError("An evaluation needs an OOD set: give --ood NAME=PATH.")

@@ -16,7 +16,7 @@ from opnp.decoding import Example, Source, Split, Unreadable, generator
 from opnp.errors import InputError, MissingError
 from opnp.formats import open_files
 
-__all__ = ["HOMES", "open_id", "open_ood", "require"]
+__all__ = ["HOMES", "open_id", "open_ood", "open_part", "require"]
 
 HOMES = {
     "downloads/imagenet": "https://image-net.org/download",
@@ -38,7 +38,7 @@ def require(spec: str, parameter: str) -> None:
     """
     if is_path(spec) and not Path(spec).exists():
         home = next((page for at, page in HOMES.items() if Path(spec).is_relative_to(at)), None)
-        remedy = f"get it from {home}" if home else "put it there, or name another in params.yaml"
+        remedy = f"get it from {home}" if home else "put it there, or name another"
         raise MissingError(f"{parameter} is {spec}, which is not there: {remedy}.")
 
 
@@ -64,17 +64,45 @@ def open_id(spec: str) -> Source:
     """
     if spec == "digits":
         images, labels = zip(*builtin.scanned_digits(), strict=True)
-        split = Split(np.array(labels), images.__getitem__, lambda row: f"digit {row}")
+        split = Split(
+            np.array(labels),
+            images.__getitem__,
+            lambda row: f"digits#{row}",
+            lambda row: "as scikit-learn ships them",
+        )
         return Source([str(digit) for digit in range(10)], {"all": split})
     if spec.partition(":")[0] in LIBRARIES:
-        return open_collection(spec, labelled=True)
+        return open_collection(spec)
     require(spec, "data.id")
     if Path(spec).exists():
-        return open_files(Path(spec), labelled=True)
+        return open_files(Path(spec))
     raise InputError(
         f"data.id is {spec!r}, which is neither `digits`, `torchvision:NAME` nor a file or folder "
-        "of images: correct it in params.yaml."
+        "of images: correct it."
     )
+
+
+def open_part(spec: str, part: str, asked: str = "") -> Source:
+    """Open one part of a source; images have labels, and the source classes, where it has any.
+
+    Args:
+        spec: ``torchvision:NAME``, ``pytorch-ood:NAME``, one image, or a path as `open_id` takes,
+            where a folder may hold images in any folders.
+        part: ``train``, ``validation`` or ``test``, see `opnp.formats.PARTS`; of a source that is
+            not divided all is taken.
+        asked: the option that names it, for the error message.
+
+    Raises:
+        InputError: there is no such source, or its files are missing or broken.
+    """
+    if spec.partition(":")[0] in LIBRARIES:
+        return open_collection(spec, part)
+    if not Path(spec).exists():
+        raise MissingError(
+            f"{asked} {spec} is neither a file nor a folder, `torchvision:NAME` nor "
+            "`pytorch-ood:NAME`: correct it.".strip()
+        )
+    return open_files(Path(spec), part)
 
 
 def open_ood(
@@ -102,23 +130,17 @@ def open_ood(
         case "noise":
             yield from builtin.noise(size, rng)
         case _:
-            splits = unlabelled(spec).splits
-            split = splits["test"] if "test" in splits else splits["all"]
+            [split] = (open_id(spec) if spec == "digits" else outside(spec)).splits.values()
             for image, _ in split.examples(rng.permutation(len(split)), unreadable):
                 yield image, -1
 
 
-def unlabelled(spec: str) -> Source:
-    """A source of images as `open_ood` takes it, that are there to be read."""
-    if spec == "digits":
-        return open_id(spec)
-    if spec.partition(":")[0] in LIBRARIES:
-        return open_collection(spec, labelled=False)
+def outside(spec: str) -> Source:
+    """The test part of an OOD source, which must be there."""
     require(spec, "The OOD source")
-    if Path(spec).exists():
-        return open_files(Path(spec), labelled=False)
-    raise InputError(
-        f"OOD source {spec!r} is neither a known name (letters, photo-patches, noise, digits, "
-        "torchvision:NAME, pytorch-ood:NAME) nor an existing file or folder: correct it in "
-        "params.yaml."
-    )
+    if spec.partition(":")[0] not in LIBRARIES and not Path(spec).exists():
+        raise InputError(
+            f"OOD source {spec!r} is neither a known name (letters, photo-patches, noise, digits, "
+            "torchvision:NAME, pytorch-ood:NAME) nor an existing file or folder: correct it."
+        )
+    return open_part(spec, "test")

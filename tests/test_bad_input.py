@@ -262,7 +262,7 @@ def test_a_few_images_that_cannot_be_read_are_left_out_and_named(
     fetch(parameters.load())
     entry = read_manifest().sets["ood/mine"]
     assert entry.count == 298
-    assert sorted(entry.unreadable) == ["image 123 of mine.parquet", "image 7 of mine.parquet"]
+    assert sorted(entry.unreadable) == ["mine.parquet#123", "mine.parquet#7"]
     assert read_manifest().sets["ood/letters"].unreadable == []
     assert "2 image(s) of mine.parquet cannot be read and are left out" in capsys.readouterr().out
     before = files(workspace / "data")
@@ -272,7 +272,7 @@ def test_a_few_images_that_cannot_be_read_are_left_out_and_named(
     assert files(workspace / "data") == before
     set_parameters(workspace, {"data.max_unreadable": 0})
     message = call(fetch)  # images of an OOD set are read in an order of their own
-    assert re.search(r"Image (7|123) of mine.parquet is not a whole image", message)
+    assert re.search(r"mine.parquet#(7|123) is not a whole image", message)
 
 
 def test_a_bad_image_of_the_training_set_is_left_out(workspace: Path, prefect_api: str) -> None:
@@ -286,7 +286,7 @@ def test_a_bad_image_of_the_training_set_is_left_out(workspace: Path, prefect_ap
     set_parameters(workspace, {"data.id": "mine", "data.held_out": [6]})
     fetch(parameters.load())
     sets = read_manifest().sets
-    assert sets["train"].unreadable == ["image 3 of mine/train.parquet"]
+    assert sets["train"].unreadable == ["mine/train.parquet#3"]
     known = sum(row["label"] != 6 for index, row in enumerate(rows) if index != 3)
     assert sets["train"].count + sets["validation"].count == known
 

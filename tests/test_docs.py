@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from opnp import cli, images
 from tests.conftest import run_program
@@ -164,8 +165,11 @@ def test_mistakes_are_told_in_a_sentence(
 
 
 def test_fit_needs_no_orchestration(tmp_path: Path) -> None:
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.csv").write_text("path\na.png\n")
     code = (
         "import sys; import opnp.fitting, opnp.scoring, opnp.export, opnp.cli, opnp.saved;"
+        "from opnp import images; images.find('.', 'a.csv');"
         "heavy = {'mlflow', 'prefect', 'dvc', 'pytorch_ood', 'torchvision', 'sklearn', 'pydantic'};"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )

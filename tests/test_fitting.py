@@ -65,9 +65,7 @@ def some(folder: Path, count: int) -> Images:
     """So many of the images, evenly spaced over the classes."""
     found = images.find(folder)
     rows = [row * len(found) // count for row in range(count)]
-    return Images(
-        found.source, [found.paths[row] for row in rows], [found.folders[row] for row in rows]
-    )
+    return found.select(rows)
 
 
 def test_the_sensitivity_is_that_of_all_images(
@@ -170,7 +168,7 @@ def test_validation_without_labels(
     detector = fit(validation=images.find(flat))
     assert detector.made["validation"]["labels"] == "none: agreement with the unpruned model"
     assert detector.made["search"]["unpruned"]["accuracy"] == 100
-    assert fit().made["validation"]["labels"] == "folders"
+    assert fit().made["validation"]["labels"] == "given"
 
 
 def test_folders_of_other_classes(

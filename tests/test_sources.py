@@ -186,7 +186,7 @@ def test_an_export_of_several_files_is_read_in_their_order(
     assert contents(splits["test"]) == [(i.tobytes(), y) for i, y in digits(8)]
     assert ood("mine") == pixels(digits(8))
     name = splits["train"].name(27)
-    assert name == f"image 7 of {Path('mine') / place}/train-00001-of-00003.parquet"
+    assert name == f"{Path('mine') / place}/train-00001-of-00003.parquet#7"
 
 
 def test_one_file_is_a_source_too() -> None:
@@ -408,7 +408,7 @@ def test_images_that_cannot_be_read_are_left_out_named_and_counted(kind: str) ->
             cut = rows.to_pylist()
             cut[part]["image"]["bytes"] = cut[part]["image"]["bytes"][:60]
             pq.write_table(pa.Table.from_pylist(cut, rows.schema), file)
-        bad = [f"image {part} of {spec}/train-{part:05d}-of-00002.parquet" for part in (0, 1)]
+        bad = [f"{spec}/train-{part:05d}-of-00002.parquet#{part}" for part in (0, 1)]
     for path in bad if kind != "shards" else []:
         Path(path).write_bytes(Path(path).read_bytes()[:60])
         if kind == "missing":
@@ -466,7 +466,7 @@ def test_a_data_set_that_is_there_is_read_without_a_download(
     places[5].write_bytes(places[5].read_bytes()[:200])
     unreadable = Unreadable(1)
     assert len(ood("torchvision:DTD", unreadable)) == 59
-    assert unreadable.images == ["image 5 of torchvision:DTD"]
+    assert unreadable.images == ["torchvision:DTD/test#5"]
 
 
 def test_collections_of_pytorch_ood_are_ood_sets(monkeypatch: pytest.MonkeyPatch) -> None:
