@@ -174,6 +174,11 @@ def fit(
         )
         train = images.find(id_train, part="train", asked="--id-train")
         validation = images.find(id_val, part="validation", asked="--id-val")
+        if train.source == validation.source:
+            raise InputError(
+                f"--id-train and --id-val are both {id_val}, which is not divided: keep some "
+                "images out of training, and name them with --id-val."
+            )
         find_own_code()
         backbone = backbones.from_spec(
             model,

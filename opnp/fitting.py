@@ -25,7 +25,7 @@ from opnp.energy import bias_of
 from opnp.errors import InputError
 from opnp.features import encode
 from opnp.images import Images
-from opnp.progress import track
+from opnp.progress import counting, track
 from opnp.saved import SavedDetector, check_accept, provenance
 from opnp.search import (
     Grid,
@@ -125,24 +125,28 @@ class Shards:
             InputError: too many cannot be read, or none can.
         """
         rows, paths = range(len(images)), []
-        starts = rows[::SHARD]
-        for start in track(starts, f"features of {name} (shards of {SHARD})", len(starts)):
-            part = rows[start : start + SHARD]
-            path = self.folder / f"{name}-{start // SHARD:05d}.safetensors"
-            origin = {"images": images.states(part)}
-            lost = self.write_once(path, origin, partial(self.encode, images, part))
-            self.unreadable += lost
-            if len(self.unreadable) > self.settings.max_unreadable:
-                raise InputError(
-                    f"{len(self.unreadable)} images cannot be read, more than the "
-                    f"{self.settings.max_unreadable} that are allowed; the last: {lost[-1]}"
-                )
-            paths.append(path)
+        with counting(f"features of {name} (images)", len(rows)) as advance:
+            for start in rows[::SHARD]:
+                part = rows[start : start + SHARD]
+                path = self.folder / f"{name}-{start // SHARD:05d}.safetensors"
+                origin = {"images": images.states(part)}
+                work = partial(self.encode, images, part, advance)
+                lost, made = self.write_once(path, origin, work)
+                advance(0 if made else len(part))
+                self.unreadable += lost
+                if len(self.unreadable) > self.settings.max_unreadable:
+                    raise InputError(
+                        f"{len(self.unreadable)} images cannot be read, more than the "
+                        f"{self.settings.max_unreadable} that are allowed; the last: {lost[-1]}"
+                    )
+                paths.append(path)
         if not any(len(h) for h, _ in map(self.read, paths)):
             raise InputError(f"No image of {images.source} can be read: replace them.")
         return paths
 
-    def encode(self, images: Images, part: Sequence[int]) -> tuple[Tensor, list[int], list[str]]:
+    def encode(
+        self, images: Images, part: Sequence[int], advance: Callable[[int], None]
+    ) -> tuple[Tensor, list[int], list[str]]:
         rows: list[int] = []
         lost: list[str] = []
 
@@ -154,6 +158,7 @@ class Shards:
                 lost.extend(map(str, batch.lost.values()))
                 if batch.rows:
                     yield self.backbone.preprocessing.normalize(unit(np.stack(batch.pixels)))
+                advance(len(batch.rows) + len(batch.lost))
 
         classifier = self.backbone.classifier
         empty = torch.empty(0, classifier.head.in_features)
@@ -183,13 +188,17 @@ class Shards:
         path: Path,
         origin: dict[str, Any],
         work: Callable[[], tuple[Tensor, list[int], list[str]]],
-    ) -> list[str]:
-        """Write what ``work`` gives, unless it is there, whole; the images that were left out."""
+    ) -> tuple[list[str], bool]:
+        """Write what ``work`` gives, unless it is there, whole.
+
+        Returns:
+            The images that were left out, and whether there was work to do.
+        """
         wanted = json.loads(json.dumps({**self.origin, **origin}))
         try:
             found, about = tensors.load(path, "")
             if about["origin"] == wanted and "features" in found:
-                return about["unreadable"]
+                return about["unreadable"], False
         except (InputError, KeyError):
             pass
         h, rows, lost = work()
@@ -200,7 +209,7 @@ class Shards:
             )
         about = {"origin": wanted, "rows": rows, "unreadable": lost}
         tensors.save(path, {"features": h}, about)
-        return lost
+        return lost, True
 
     def read(self, path: Path) -> tuple[Tensor, list[int]]:
         """The features (n, L) of a shard, and the rows of their images."""

@@ -138,6 +138,11 @@ def test_the_exit_codes_it_names(
             "a is neither a file nor a folder",
         ),
         (
+            ("fit", "--out", "n", "--model", "m", "--id-train", f"{DOCS}/report.png",
+             "--id-val", f"{DOCS}/report.png"),
+            "which is not divided",
+        ),
+        (
             ("fit", "--out", "n", "--model", "m", "--id-train", "a", "--id-val", "b",
              "--clip", "x"),
             "--clip takes numbers",

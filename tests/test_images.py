@@ -313,9 +313,11 @@ def test_features_of_other_images_are_not_taken(
     spec, encoded = kind(files), []
     encode = fitting.Shards.encode
 
-    def counted(self: fitting.Shards, found: Images, part: Sequence[int]) -> object:
+    def counted(
+        self: fitting.Shards, found: Images, part: Sequence[int], advance: Callable[[int], None]
+    ) -> object:
         encoded.append(part)
-        return encode(self, found, part)
+        return encode(self, found, part, advance)
 
     monkeypatch.setattr(fitting.Shards, "encode", counted)
 

@@ -185,7 +185,7 @@ def edit_and_sign(key: str, value: object) -> Callable[[Path], None]:
         (lambda folder: (folder / "detector.json").unlink(), "is no detector"),
         (shutil.rmtree, "is no detector"),
         (edit("threshold", {"value": 1e9}), "has been changed since it was written"),
-        (edit("opnp_detector", 2), "no detector of format 1"),
+        (edit("opnp_detector", 1), "no detector of format 2"),
         (edit_and_sign("threshold", {"value": 1e9}), "lacks something"),
         (edit_and_sign("classes", ["a"] * 7), "is not what its files say"),
         (edit_and_sign("files", None), "has been changed"),
