@@ -195,7 +195,8 @@ def spooled(spool: IO[bytes], data: bytes) -> None:
 def parquet_rows(path: Path, labelled: bool) -> Iterator[tuple[pa.BinaryArray, NDArray[np.int64]]]:
     """Encoded images and labels of a Parquet file, some at a time; −1 where there are none."""
     try:
-        with pq.ParquetFile(path) as file:
+        # Buffered ahead, all that has been read would stay in memory.
+        with pq.ParquetFile(path, pre_buffer=False) as file:
             names = file.schema_arrow.names
             image = next((name for name in IMAGE_COLUMNS if name in names), IMAGE_COLUMNS[0])
             label = next((name for name in LABEL_COLUMNS if name in names), None)

@@ -223,6 +223,8 @@ def test_images_are_not_held_in_memory() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak + pa.total_allocated_bytes() < 3e6
+    rows = formats.parquet_rows(Path("mine.parquet"), True)
+    assert max(pa.total_allocated_bytes() for _ in rows) < 16e6  # those of 256 images
 
 
 # Manifests
