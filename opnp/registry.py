@@ -152,7 +152,7 @@ def load(
 
 
 def uri(alias: str) -> str:
-    """Of the model that an alias names, for MLflow in this process, which then knows its store.
+    """Of the model that an alias names, for MLflow in this process.
 
     Raises:
         InputError: no version has the alias, or MLflow cannot be reached.
@@ -161,14 +161,17 @@ def uri(alias: str) -> str:
     with told():
         if alias not in aliases_of(client, name):
             raise InputError(f"No version of {name} is {alias}: see `opnp register`.")
-    quiet_mlflow().set_tracking_uri(tracking_uri())
     return f"models:/{name}@{alias}"
 
 
 def registry() -> Any:
-    """A client of MLflow at `tracking_uri`."""
-    uri = tracking_uri()
-    return quiet_mlflow().MlflowClient(uri, registry_uri=uri)
+    """A client of MLflow at `tracking_uri`, which this process's MLflow then knows as its store.
+
+    A registry looks for the models of its versions there, whatever store its client was given.
+    """
+    mlflow, uri = quiet_mlflow(), tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    return mlflow.MlflowClient(uri, registry_uri=uri)
 
 
 def aliases_of(client: Any, name: str) -> dict[str, str]:
