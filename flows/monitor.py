@@ -10,9 +10,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from prefect import flow
 from prefect.events import emit_event
 
-from flows import server
+from flows import schedule, server
 from flows.program import program
 from flows.retrain import trusted
 from opnp import images, parameters, registry, scoring
@@ -22,8 +23,9 @@ from opnp.images import Images
 from opnp.parameters import Parameters
 from opnp.tracking import experiment_name
 
-__all__ = ["monitor"]
+__all__ = ["monitor", "watch"]
 
+LOCK = Path("logs/monitor.lock")  # not the runs': production is watched while one is at work
 SEEN = Path("logs/monitor.json")
 RUN = "monitor"  # the tag of the run whose metrics are the history
 BEYOND = 4  # exit code
@@ -55,8 +57,10 @@ def log(folder: Path, figures: dict[str, float]) -> None:
         client.log_batch(run.info.run_id, metrics)
 
 
-def monitor(folder: Path, chosen: Parameters) -> bool:
-    """Score the folder's new images and log the share that is flagged OOD.
+def watch(folder: Path, chosen: Parameters) -> bool:
+    """Score the folder's new images, log the share that is flagged OOD, and act where it is large.
+
+    Images count as seen at last: what fails before is made up for by the next run.
 
     Returns:
         Whether that share is beyond ``retrain.max_flagged``.
@@ -75,23 +79,29 @@ def monitor(folder: Path, chosen: Parameters) -> bool:
     with TemporaryDirectory() as temporary:
         summary = scoring.score(champion, found, Path(temporary) / "scores.parquet")
     share = summary.flagged
+    print(f"monitor: {share:.1f} % of {summary.images} new images are flagged (limit {limit:g} %)")
+    if share > limit:
+        ask(folder, share)
     unreadable = len(summary.unreadable)
     log(folder, {"flagged": share, "images": summary.images, "unreadable": unreadable})
     seen = read_json(SEEN, "python -m flows.monitor") if SEEN.exists() else {}
     write_json(SEEN, seen | {str(folder.resolve()): sorted(everything)})
-    print(f"monitor: {share:.1f} % of {summary.images} new images are flagged (limit {limit:g} %)")
     return share > limit
 
 
-def ask(folder: Path) -> None:
-    """Emit the event, and start the deployment that `flows.retrain --serve` has made, if any."""
+def ask(folder: Path, share: float) -> None:
+    """Emit the event, and start the deployment of `flows.retrain`, if there is one."""
+    if not server.named():
+        print("monitor: no Prefect server is named in PREFECT_API_URL: no retraining is asked for")
+        return
     from prefect.client.orchestration import get_client
     from prefect.deployments import run_deployment
     from prefect.exceptions import ObjectNotFound
 
     with server.running():
-        resource: dict[str, Any] = {"prefect.resource.id": f"opnp.monitor.{experiment_name()}"}
-        emit_event("opnp.monitor.beyond-limit", resource, payload={"folder": str(folder)})
+        resource = {"prefect.resource.id": f"opnp.monitor.{experiment_name()}"}
+        payload = {"folder": str(folder), "flagged": share}
+        emit_event("opnp.monitor.beyond-limit", resource, payload=payload)
         with get_client(sync_client=True) as client:
             try:
                 client.read_deployment_by_name("retrain/retrain")
@@ -99,17 +109,26 @@ def ask(folder: Path) -> None:
                 print("monitor: no retraining is served: run `python -m flows.retrain`")
                 return
         run: Any = run_deployment("retrain/retrain", timeout=0, as_subflow=False)
-        print(f"monitor: retraining {run.name} is asked for")
+        print(f"monitor: retraining {run.name} is asked for", flush=True)
+
+
+@flow
+def monitor(folder: Path) -> bool:
+    """Score new production images with the champion, and ask for a retraining where it is due."""
+    with schedule.due(LOCK):
+        return watch(folder, parameters.load())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m flows.monitor", description=__doc__)
     parser.add_argument("folder", type=Path, help="of recent production images")
-    folder = parser.parse_args().folder
-    with program():
-        beyond = monitor(folder, parameters.load())
-    if beyond:  # after the workspace is free, which the retraining needs
-        ask(folder)
+    schedule.options(parser)
+    given = parser.parse_args()
+    if schedule.serve(parser, given, monitor):
+        return
+    with program(LOCK):
+        beyond = watch(given.folder, parameters.load())
+    if beyond:
         sys.exit(BEYOND)
 
 

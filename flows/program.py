@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,8 +37,11 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def program() -> Iterator[None]:
+def program(lock: Path | None = LOCK) -> Iterator[None]:
     """Run the block as the work of this process, alone in the workspace.
+
+    Args:
+        lock: what to hold, see `alone`; None: nothing.
 
     Raises:
         SystemExit: the input is at fault, the disk is full or the Prefect server gone (exit code 1,
@@ -46,7 +49,7 @@ def program() -> Iterator[None]:
     """
     ended: str | int = 0
     try:
-        with signals(), alone():
+        with signals(), alone(lock) if lock else nullcontext():
             yield
     except InputError as error:
         ended = f"error: {error}"
@@ -130,24 +133,27 @@ def signals() -> Iterator[None]:
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def alone(path: Path = LOCK) -> Iterator[None]:
     """Hold the workspace, so that no two runs mix their files.
 
     The lock is the system's, and goes with its process, however that ends. What the file says is
     only of use while its process lives.
 
+    Args:
+        path: the lock's file; another one is of work that may go on beside a run.
+
     Raises:
         InputError: another process holds it; the sentence names that process.
     """
-    LOCK.parent.mkdir(exist_ok=True)
-    lock = FileLock(LOCK)
+    path.parent.mkdir(exist_ok=True)
+    lock = FileLock(path)
     deadline = time.monotonic() + 2  # the holder may not have written its name yet
     while True:
         try:
             lock.acquire(blocking=False)
             break
         except Timeout:
-            name = holder()
+            name = holder(path)
             if name or time.monotonic() > deadline:
                 raise InputError(
                     f"{name or 'Another process'} is at work in this workspace: wait until it "
@@ -157,18 +163,18 @@ def alone() -> Iterator[None]:
     try:
         words = [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]
         held = {"pid": os.getpid(), "command": shlex.join(words), "since": time.time()}
-        LOCK.write_text(json.dumps(held))
+        path.write_text(json.dumps(held))
         yield
     finally:
         with suppress(OSError):
-            LOCK.write_text("")
+            path.write_text("")
         lock.release()
 
 
-def holder() -> str | None:
-    """The process that the lock's file names, if it lives and is the one that wrote it."""
+def holder(path: Path = LOCK) -> str | None:
+    """The process that a lock's file names, if it lives and is the one that wrote it."""
     try:
-        held = json.loads(LOCK.read_text())
+        held = json.loads(path.read_text())
         if psutil.Process(held["pid"]).create_time() > held["since"]:
             return None  # a later process under the number of a dead one
         since = datetime.fromtimestamp(held["since"]).strftime("%Y-%m-%d %H:%M:%S")

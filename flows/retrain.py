@@ -11,9 +11,9 @@ from typing import Any
 from prefect import flow
 from prefect.events import emit_event
 
-from flows import engine, pipeline, server, versions
+from flows import engine, pipeline, schedule, server, versions
 from flows.fetch import fetch
-from flows.program import alone, program
+from flows.program import program
 from flows.stage import hide_what_is_told, timed
 from opnp import contest, parameters, registry, saved
 from opnp.backbones import is_factory
@@ -125,29 +125,16 @@ def retrained() -> str:
 @flow
 def retrain() -> str:
     """Fetch, train, compare with the champion, and promote what is better."""
-    with alone():
+    with schedule.due():
         return retrained()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("python -m flows.retrain", description=__doc__)
-    parser.add_argument("--serve", action="store_true", help="stay, and run when it is time")
-    when = parser.add_mutually_exclusive_group()
-    when.add_argument("--cron", help='when, as "0 2 * * *", in UTC')
-    when.add_argument("--interval", type=float, help="seconds from one run to the next")
-    given = parser.parse_args()
-    if given.serve:
-        if not (given.cron or given.interval):
-            parser.error("--serve needs --cron or --interval")
-        if not server.named():
-            parser.error("--serve needs a Prefect server: name it in PREFECT_API_URL")
-        parameters.load()
-        retrain.serve("retrain", cron=given.cron, interval=given.interval, limit=1)
-        return
-    if given.cron or given.interval:
-        parser.error("--cron and --interval are of --serve")
-    with program():
-        retrained()
+    schedule.options(parser)
+    if not schedule.serve(parser, parser.parse_args(), retrain):
+        with program():
+            retrained()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parents[1]
 
 # What a clone holds that a run needs; the rest of a workspace is made by running.
-WORKSPACE = ("opnp", "flows", "params.yaml", "dvc.yaml", "data.dvc", ".dvc/config", ".gitignore")
+WORKSPACE = (
+    "opnp", "flows", "params.yaml", "dvc.yaml", "data.dvc", "prefect.yaml", ".dvc/config",
+    ".gitignore",
+)  # fmt: skip
 
 # What would take long and is nothing that most tests ask about; those that do set it.
 QUICK: dict[str, Any] = {

@@ -186,13 +186,13 @@ def test_monitor_counts_each_image_once(
     recent = tmp_path / "recent"
     shutil.copytree(own / "images" / "test" / "six", recent)
     with pytest.raises(InputError, match="There is no champion"):
-        monitor.monitor(recent, chosen)
+        monitor.watch(recent, chosen)
     good.save("good")
     retrain.contend(Path("good"), chosen)
-    assert not monitor.monitor(recent, chosen)
-    assert not monitor.monitor(recent, chosen)  # nothing is new
+    assert not monitor.watch(recent, chosen)
+    assert not monitor.watch(recent, chosen)  # nothing is new
     shutil.copytree(own / "images" / "others", recent / "others")
-    assert monitor.monitor(recent, chosen)
+    assert monitor.watch(recent, chosen)
     client = registry.registry()
     (run,) = client.search_runs(["1"], "tags.monitor != ''")
     history = client.get_metric_history(run.info.run_id, "images")
