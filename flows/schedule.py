@@ -111,7 +111,7 @@ def run(flow: Any, cron: str | None, interval: float | None, chosen: dict[str, s
             f'--cron is no schedule: {cron!r}; "0 2 * * *" is every night at two.'
         ) from None
     runner = Runner(flow.name, pause_on_shutdown=False)  # see `stay`
-    made = runner.add_deployment(deployment)
+    made: Any = runner.add_deployment(deployment)
     when = f'at "{cron}" (UTC)' if cron else f"every {interval:g} s"
     print(
         f"{flow.name} is served and runs {when}; "
@@ -142,7 +142,7 @@ def run(flow: Any, cron: str | None, interval: float | None, chosen: dict[str, s
                     )
                 ),
             ):
-                state = Cancelled(message="The process that served it was ended.")
+                state: Any = Cancelled(message="The process that served it was ended.")
                 await client.set_flow_run_state(each.id, state, force=True)
 
     # In the main thread Prefect would take SIGTERM for itself, and exit amid its event loop.
