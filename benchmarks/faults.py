@@ -256,6 +256,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a command in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # else its runs ignore it too
     with tempfile.TemporaryDirectory() as folder:
         result = measured(Path(folder), arguments.kills, arguments.seed)
     timing.show(result, arguments.json, "faults")
