@@ -30,13 +30,15 @@ def shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def correct(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 512) -> int:
+def correct(model: nn.Module, images: Tensor, labels: Tensor) -> int:
     """How many images (N, C, H, W) have their label's (N,) logit as their largest."""
+    # 512 at once, but no more pixels than 64 images of 224 × 224 have: those take about 1 GB.
+    size = max(1, min(512, 64 * 224**2 // images.shape[2:].numel()))
     training = model.training
     model.eval()
     found = sum(
         int((model(x).argmax(dim=1) == y).sum())
-        for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True)
+        for x, y in zip(images.split(size), labels.split(size), strict=True)
     )
     model.train(training)
     return found
