@@ -24,7 +24,7 @@ from opnp.saved import SavedDetector
 __all__ = ["Verdict", "check_unseen", "compare", "freeze", "frozen_digest"]
 
 ABOUT = "manifest.json"
-BATCH = 256
+BATCH = 64
 
 
 @dataclass(frozen=True)
