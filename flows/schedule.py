@@ -92,6 +92,7 @@ def run(flow: Any, cron: str | None, interval: float | None, chosen: dict[str, s
         ConcurrencyLimitStrategy,
         StateType,
     )
+    from prefect.exceptions import ObjectNotFound
     from prefect.runner import Runner
     from prefect.states import Cancelled
 
@@ -110,6 +111,11 @@ def run(flow: Any, cron: str | None, interval: float | None, chosen: dict[str, s
         raise InputError(
             f'--cron is no schedule: {cron!r}; "0 2 * * *" is every night at two.'
         ) from None
+    with get_client(sync_client=True) as client, suppress(ObjectNotFound):
+        before = client.read_deployment_by_name(f"{flow.name}/{flow.name}")
+        if before.work_pool_name:
+            # Of `prefect deploy`: changed into one that is served, it would lack its folder.
+            client.delete_deployment(before.id)
     runner = Runner(flow.name, pause_on_shutdown=False)  # see `stay`
     made: Any = runner.add_deployment(deployment)
     when = f'at "{cron}" (UTC)' if cron else f"every {interval:g} s"
