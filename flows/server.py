@@ -158,8 +158,18 @@ def gone(error: BaseException) -> str | None:
 
 
 def lost() -> bool:
-    """Whether the server that this process has used answers no more."""
-    return bool(used) and not answers(used[-1])
+    """Whether the server that this process has used is there no more; one that is slow is."""
+    if not used:
+        return False
+    parts = urlsplit(used[-1])
+    try:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((str(parts.hostname), port), timeout=10).close()
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+    return False
 
 
 def address() -> str:
