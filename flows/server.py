@@ -125,19 +125,30 @@ def running() -> Iterator[None]:
 
 def keep(url: str, ended: threading.Event) -> None:
     """Start the server anew at the same address whenever it has died; Prefect waits meanwhile."""
-    host, port = urlsplit(url).hostname, urlsplit(url).port
-    assert host
-    assert port
     while not ended.wait(1):
         process = started.get(owner())
         if process and process.poll() is None:
             continue
         try:
-            socket.create_connection((host, port), timeout=10).close()
+            connect(url)
         except ConnectionRefusedError:
-            launch(port)
+            launch(port_of(url))
         except OSError:
             continue
+
+
+def connect(url: str) -> None:
+    """Connect to a server, which one that is slow to answer allows as well.
+
+    Raises:
+        OSError: there is none.
+    """
+    socket.create_connection((str(urlsplit(url).hostname), port_of(url)), timeout=10).close()
+
+
+def port_of(url: str) -> int:
+    parts = urlsplit(url)
+    return parts.port or (443 if parts.scheme == "https" else 80)
 
 
 used: list[str] = []  # the addresses of servers, latest last
@@ -159,12 +170,9 @@ def gone(error: BaseException) -> str | None:
 
 def lost() -> bool:
     """Whether the server that this process has used is there no more; one that is slow is."""
-    if not used:
-        return False
-    parts = urlsplit(used[-1])
     try:
-        port = parts.port or (443 if parts.scheme == "https" else 80)
-        socket.create_connection((str(parts.hostname), port), timeout=10).close()
+        if used:
+            connect(used[-1])
     except TimeoutError:
         return False
     except OSError:

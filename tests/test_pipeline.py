@@ -742,6 +742,7 @@ def test_the_page_about_detectors_on_runs(
     by_python, by_program = opnp.load("detector"), opnp.load("other")
     assert printed == json.loads(json.dumps(by_program.describe()))
     assert by_python.threshold == by_program.threshold
+    assert by_python.digest == by_program.digest  # whenever it was made
     assert torch.equal(by_python.mask.weights, by_program.mask.weights)
     set_parameters(workspace, {"search.max_accuracy_drop": 5.0})
     with pytest.raises(InputError, match="made with other parameters in section search"):

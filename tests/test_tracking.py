@@ -134,6 +134,21 @@ def test_a_run_and_each_of_its_detectors(here: Path) -> None:
     }  # fmt: skip
 
 
+def test_a_detector_joins_the_latest_run_that_trained_its_backbone(here: Path) -> None:
+    from mlflow import MlflowClient
+
+    write_run(DETECTORS)
+    tracking.record_run(chosen(), {"train": 9.0})
+    first, _ = logged()
+    client = MlflowClient(tracking.tracking_uri())
+    experiment = tracking.experiment_id(client)
+    assert tracking.run_of(client, experiment, "b") == first.info.run_id  # no child of it
+    assert tracking.run_of(client, experiment, "c") is None
+    assert tracking.run_of(client, experiment, None) is None
+    tracking.record_run(chosen(), {"search": 1.0})
+    assert tracking.run_of(client, experiment, "b") not in (first.info.run_id, None)
+
+
 def test_files_and_times_are_kept_with_the_run(here: Path) -> None:
     from mlflow import MlflowClient
 
