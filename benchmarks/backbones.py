@@ -21,9 +21,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from opnp import artifacts, parameters, stages, tables
-from opnp.files import read_json, write_json
-from opnp.parameters import Parameters
+from opnp import workspace
+from opnp.metrics import ranking
+from opnp.pipeline import parameters, stages
+from opnp.pipeline.parameters import Parameters
+from opnp.runtime.files import read_json, write_json
 
 __all__ = ["RECIPES", "main", "measure", "show", "summary"]
 
@@ -36,12 +38,12 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 OUTPUTS = {
-    "fetch": artifacts.MANIFEST,
-    "train": artifacts.TRAINING,
+    "fetch": workspace.MANIFEST,
+    "train": workspace.TRAINING,
     "features": Path("features.done"),
-    "sensitivity": artifacts.SENSITIVITY,
-    "search": artifacts.SEARCH,
-    "evaluate": artifacts.METRICS,
+    "sensitivity": workspace.SENSITIVITY,
+    "search": workspace.SEARCH,
+    "evaluate": workspace.METRICS,
 }
 IMAGE_DETECTORS = ("odin", "opnp+odin", "rankfeat", "nac")
 """These cost minutes each on a CPU, and are left out unless asked for."""
@@ -87,11 +89,11 @@ def measure(chosen: Parameters, folder: Path) -> dict[str, Any]:
                 output.touch()
             write_json(record, made_with)
         return {
-            "metrics": read_json(artifacts.METRICS, "evaluate"),
-            "evaluation": read_json(artifacts.EVALUATION, "evaluate"),
-            "search": read_json(artifacts.SEARCH, "search"),
-            "training": read_json(artifacts.TRAINING, "train"),
-            "times": read_json(artifacts.TIMES, "evaluate"),
+            "metrics": read_json(workspace.METRICS, "evaluate"),
+            "evaluation": read_json(workspace.EVALUATION, "evaluate"),
+            "search": read_json(workspace.SEARCH, "search"),
+            "training": read_json(workspace.TRAINING, "train"),
+            "times": read_json(workspace.TIMES, "evaluate"),
         }
 
 
@@ -139,7 +141,7 @@ def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     ranks: dict[str, list[float]] = defaultdict(list)
     for run in runs:
         shared = {name: run["metrics"]["detectors"][name] for name in sorted(everywhere)}
-        for name, of in tables.ranks(shared, list(run["evaluation"]["sets"])).items():
+        for name, of in ranking.ranks(shared, list(run["evaluation"]["sets"])).items():
             ranks[name].append(of["mean"])
     mean_ranks = dict(
         sorted(((name, mean(of)) for name, of in ranks.items()), key=lambda item: item[1])

@@ -21,12 +21,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks.backbones import IMAGE_DETECTORS, measure, show, summary
-from opnp import parameters
-from opnp.datasets import IMAGE
-from opnp.decoding import fit
-from opnp.files import atomic
-from opnp.parameters import Parameters
-from opnp.sources import open_ood
+from opnp.data.imagesets import IMAGE
+from opnp.data.preprocessing import fit
+from opnp.data.sources import open_ood
+from opnp.pipeline import parameters
+from opnp.pipeline.parameters import Parameters
+from opnp.runtime.files import atomic
 
 __all__ = ["main", "prepare"]
 

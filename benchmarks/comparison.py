@@ -2,7 +2,7 @@
 
 Both fit and score the same detectors with the same values: pytorch-ood's own way, each goes through
 the training images and every test set with the backbone (``fit(loader)``, ``predict(images)``);
-`opnp.baselines` lets the backbone run once and works on what it gave. Goal: at least 10 × as fast,
+`opnp.detectors` lets the backbone run once and works on what it gave. Goal: at least 10 × as fast,
 that one pass counted. Scores must agree, and do so before anything is timed.
 
 Run ``python -m benchmarks.comparison [--width N] [--train N] [--test N] [--sets N]
@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import timing
-from opnp import backbones, baselines
-from opnp import features as shards
-from opnp.backbones import Classifier
-from opnp.baselines import DETECTORS, Samples, TrainedModel
+from opnp.backbones import encoding as shards
+from opnp.backbones.backbone import Classifier, build
+from opnp.detectors import base
+from opnp.detectors.base import Samples, TrainedModel
+from opnp.detectors.zoo import DETECTORS
 from opnp.errors import UnavailableError
 
 __all__ = ["main"]
@@ -42,7 +43,7 @@ class Problem:
     def __init__(self, arguments: argparse.Namespace):
         torch.manual_seed(0)
         self.batch = arguments.batch_size
-        self.classifier = backbones.build("resnet", 1, 10, arguments.image, width=arguments.width)
+        self.classifier = build("resnet", 1, 10, arguments.image, width=arguments.width)
         shape = (1, arguments.image, arguments.image)
         templates = torch.randn(10, *shape)
         drawn = templates[torch.randint(10, (arguments.train + arguments.test,))]
@@ -65,15 +66,15 @@ class Problem:
 
         def of(images: Tensor, labels: Tensor | None = None) -> Samples:
             h = shards.encode(self.classifier.encoder, images.split(self.batch), CPU)
-            return Samples(h, labels, logits=baselines.logits_of(self.model, Samples(h)))
+            return Samples(h, labels, logits=base.logits_of(self.model, Samples(h)))
 
         return of(self.train, self.labels), [of(images) for images in self.sets]
 
     def cached(self, name: str, train: Samples, sets: list[Samples]) -> list[Tensor]:
         """Scores of every test set by a detector on what is cached."""
         detector = DETECTORS[name](self.model)
-        baselines.fit(detector, self.model, train)
-        return [baselines.score(detector, self.model, samples) for samples in sets]
+        base.fit(detector, self.model, train)
+        return [base.score(detector, self.model, samples) for samples in sets]
 
     def on_images(self, name: str) -> list[Tensor]:
         """The same in pytorch-ood's own way."""

@@ -1,4 +1,4 @@
-"""A forward pass on the CPU where freed memory is kept, as `opnp.memory` does, and where it is not.
+"""A forward pass on the CPU with freed memory kept, as `opnp.runtime.malloc` does, and without.
 
 Goal: not slower. Processes take turns, each with one setting; a thread of theirs, as the workers of
 the pipeline are, runs the model over batches of images. Run ``python -m benchmarks.forward
@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks import timing
-from opnp import memory
+from opnp.runtime import malloc
 
 __all__ = ["main"]
 
@@ -88,7 +88,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.child:
         if arguments.child == "kept":
-            memory.keep()
+            malloc.keep()
         (model,) = arguments.models
         found = child(model, arguments.threads, arguments.batch_size, arguments.batches)
         print(json.dumps(found))

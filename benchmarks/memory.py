@@ -24,12 +24,14 @@ import numpy as np
 import torch
 
 from benchmarks import timing
-from opnp import artifacts, backbones, parameters, stages
-from opnp import features as shards
-from opnp.backbones import Backbone, Preprocessing
-from opnp.datasets import ImageSet, Manifest, data_file
-from opnp.files import write_json
-from opnp.parameters import Parameters
+from opnp import workspace
+from opnp.backbones import shards
+from opnp.backbones.backbone import Backbone, build, save_backbone
+from opnp.data.imagesets import ImageSet, Manifest, data_file
+from opnp.data.preprocessing import Preprocessing
+from opnp.pipeline import parameters, stages
+from opnp.pipeline.parameters import Parameters
+from opnp.runtime.files import write_json
 
 __all__ = ["main", "stage", "write"]
 
@@ -49,14 +51,14 @@ def write(settings: Parameters, samples: int, classes: int, width: int, shard_si
     names = [str(label) for label in range(classes)]
     # Without a block, so that nearly all it holds is the head.
     spec: dict[str, Any] = {"name": "vit", "width": width // 4, "depth": 0}
-    model = backbones.build(channels=1, classes=classes, size=8, **spec)
+    model = build(channels=1, classes=classes, size=8, **spec)
     preprocessing = Preprocessing(8, "L", (0.5,), (0.5,))
-    backbones.save(artifacts.BACKBONE, Backbone(model, preprocessing, names, spec))
+    save_backbone(workspace.BACKBONE, Backbone(model, preprocessing, names, spec))
     train = ImageSet("train", "synthetic", samples, {}, "0" * 64)
     data_file("train").parent.mkdir()
     data_file("train").touch()  # only the features are read
     fetched = stages.fetch.data_parameters(settings)
-    write_json(artifacts.MANIFEST, Manifest(fetched, names, {"train": train}).as_json())
+    write_json(workspace.MANIFEST, Manifest(fetched, names, {"train": train}).as_json())
     origin = stages.features.expected_metadata(settings, "train")
     block = torch.randn(shard_size, width).relu()
     labels = np.zeros(shard_size, np.int64)

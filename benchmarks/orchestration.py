@@ -31,7 +31,7 @@ STAGES = ("fetch", "train", "features", "sensitivity", "search", "evaluate", "re
 def calls() -> None:
     """Call every stage in this process and print the seconds of each, and of the imports."""
     start = time.perf_counter()
-    from opnp import parameters, stages
+    from opnp.pipeline import parameters, stages
 
     seconds = {"imports": time.perf_counter() - start}
     chosen = parameters.load()

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from benchmarks import timing
-from opnp.backbones import Backbone, Preprocessing, build
-from opnp.saved import SavedDetector
-from opnp.search import Candidate
-from opnp.sensitivity import SensitivitySums
+from opnp.backbones.backbone import Backbone, build
+from opnp.data.preprocessing import Preprocessing
+from opnp.deployment.detector import SavedDetector
+from opnp.pruning.candidates import Candidate
+from opnp.pruning.sensitivity import SensitivitySums
 
 __all__ = ["detector_of", "main"]
 

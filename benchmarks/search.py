@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from opnp.masks import pruned_count
-from opnp.metrics import fpr95_auroc
-from opnp.search import Candidate, Grid, Judge
-from opnp.sensitivity import Sensitivity, measure
+from opnp.metrics.separation import fpr95_auroc
+from opnp.pruning.candidates import Candidate, Grid
+from opnp.pruning.masks import pruned_count
+from opnp.pruning.sensitivity import Sensitivity, measure
+from opnp.pruning.table import Judge
 
 __all__ = ["main", "measured"]
 

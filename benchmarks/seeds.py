@@ -16,8 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from opnp import parameters, stages
-from opnp.parameters import Parameters
+from opnp.pipeline import parameters, stages
+from opnp.pipeline.parameters import Parameters
 
 __all__ = ["main", "measure"]
 

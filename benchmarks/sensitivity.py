@@ -20,10 +20,10 @@ from torch.func import grad, vmap
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks import timing
-from opnp import features
-from opnp.backbones import Classifier
-from opnp.energy import bias_of, energy_score, logits
-from opnp.sensitivity import SensitivitySums, parameter_sensitivity
+from opnp.backbones import encoding
+from opnp.backbones.backbone import Classifier
+from opnp.pruning.energy import bias_of, energy_score, logits
+from opnp.pruning.sensitivity import SensitivitySums, parameter_sensitivity
 
 __all__ = ["cached", "growth", "main", "passes"]
 
@@ -74,7 +74,7 @@ def passes(arguments: argparse.Namespace) -> dict[str, Any]:
 
     def both() -> None:
         precision: Literal["float32", "bfloat16"] = "bfloat16" if arguments.bfloat16 else "float32"
-        encoded = features.encode(encoder, batches(), device, precision)
+        encoded = encoding.encode(encoder, batches(), device, precision)
         shards = encoded.split(arguments.shard_size)
         parts = [SensitivitySums.of(shard.to(device), weight, bias) for shard in shards]
         sum(parts[1:], start=parts[0]).mean()

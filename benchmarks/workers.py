@@ -23,10 +23,15 @@ from statistics import median
 from typing import Any
 
 from benchmarks import timing
-from flows import engine, server
-from opnp import artifacts, backbones, datasets, parameters, stages
-from opnp.datasets import data_file
-from opnp.parameters import Parameters
+from flows import prefect_server
+from flows import workers as engine
+from opnp import workspace as artifacts
+from opnp.backbones.backbone import Backbone, build, save_backbone
+from opnp.data import imagesets
+from opnp.data.imagesets import data_file
+from opnp.data.preprocessing import Preprocessing
+from opnp.pipeline import parameters, stages
+from opnp.pipeline.parameters import Parameters
 
 __all__ = ["main", "measured"]
 
@@ -46,13 +51,13 @@ def workspace(settings: Parameters, width: int) -> None:
     """The image sets, and a backbone with random weights."""
     manifest, data = stages.fetch.run(settings), settings.data
     spec: dict[str, Any] = {"name": "resnet", "width": width, "depth": 1}
-    model = backbones.build(
+    model = build(
         channels=len(data.mode), classes=len(manifest.classes), size=data.image_size, **spec
     )
-    pixels, _ = datasets.read(data_file("train"), data.mode, data.image_size)
-    measured = backbones.Preprocessing.measured(pixels)
-    backbone = backbones.Backbone(model, measured, manifest.classes, spec)
-    backbones.save(artifacts.BACKBONE, backbone)
+    pixels, _ = imagesets.read(data_file("train"), data.mode, data.image_size)
+    measured = Preprocessing.measured(pixels)
+    backbone = Backbone(model, measured, manifest.classes, spec)
+    save_backbone(artifacts.BACKBONE, backbone)
 
 
 def remove_features() -> None:
@@ -76,7 +81,7 @@ def pool_of(runner: str, workers: int) -> Executor:
 def measured(settings: Parameters, runner: str, repeats: int) -> dict[str, Any]:
     """Times of one worker and of two, with Prefect and without; works in the current folder."""
     with ExitStack() as stack:
-        stack.enter_context(server.running())
+        stack.enter_context(prefect_server.running())
         from flows.features import features
 
         works: dict[str, Callable[[], None]] = {}

@@ -9,9 +9,9 @@ import signal
 import sys
 from typing import Any, NoReturn
 
-from opnp import memory
+from opnp.runtime import malloc
 
-memory.keep()
+malloc.keep()
 
 for name, value in {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -38,7 +38,7 @@ def end(number: int, _: Any) -> NoReturn:
     os._exit(128 + number)
 
 
-# A command (python -m flows.NAME) imports for seconds before `flows.program` takes its signals.
+# A command (python -m flows.NAME) imports for seconds before `flows.process` takes its signals.
 if sys.argv[0] == "-m":
     for each in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(each) is not signal.SIG_IGN:  # as SIGINT of a command in the background

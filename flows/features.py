@@ -6,12 +6,12 @@ from pathlib import Path
 from prefect import flow, task, unmapped
 from prefect.cache_policies import NO_CACHE
 
-from flows import exchange
-from flows.stage import collect, command, unless_bad_input
-from opnp import stages
-from opnp.artifacts import BACKBONE, MANIFEST
-from opnp.features import Shard, described
-from opnp.parameters import Parameters
+from flows import transfer
+from flows.process import collect, command, unless_bad_input
+from opnp.backbones.shards import Shard, described
+from opnp.pipeline import stages
+from opnp.pipeline.parameters import Parameters
+from opnp.workspace import BACKBONE, MANIFEST
 
 __all__ = ["features"]
 
@@ -20,7 +20,7 @@ __all__ = ["features"]
 def feature_shard(
     parameters: Parameters, shard: Shard, inputs: Mapping[Path, str]
 ) -> tuple[bool, str]:
-    return exchange.compute(
+    return transfer.compute(
         parameters,
         inputs,
         shard.path,
@@ -33,11 +33,11 @@ def feature_shard(
 def features(parameters: Parameters) -> None:
     """Compute the features of every split and proxy family; shards that are whole stay."""
     plan = stages.features.plan(parameters)
-    inputs = exchange.put(parameters, MANIFEST, BACKBONE)
-    exchange.put_images(parameters)
+    inputs = transfer.put(parameters, MANIFEST, BACKBONE)
+    transfer.put_images(parameters)
     futures = feature_shard.map(unmapped(parameters), plan, unmapped(inputs))
     parts = collect(futures, "features (shards)", len(plan))
-    computed = sum(exchange.bring(parameters, [shard.path for shard in plan], parts))
+    computed = sum(transfer.bring(parameters, [shard.path for shard in plan], parts))
     stages.features.finish(plan)
     if computed < len(plan):
         print(f"features: {len(plan) - computed} of {len(plan)} shards were there already")

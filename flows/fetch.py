@@ -6,11 +6,11 @@ from typing import Any
 from prefect import flow, task, unmapped
 from prefect.cache_policies import NO_CACHE
 
-from flows.stage import command, unless_bad_input
-from flows.versions import check_data, record_data
-from opnp import stages
-from opnp.datasets import ImageSet
-from opnp.parameters import Parameters
+from flows.dvc_repo import check_data, record_data
+from flows.process import command, unless_bad_input
+from opnp.data.imagesets import ImageSet
+from opnp.pipeline import stages
+from opnp.pipeline.parameters import Parameters
 
 __all__ = ["fetch"]
 

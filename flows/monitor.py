@@ -13,15 +13,18 @@ from typing import Any
 from prefect import flow
 from prefect.events import emit_event
 
-from flows import schedule, server
-from flows.program import program
+from flows import prefect_server, schedule
+from flows.process import program
 from flows.retrain import trusted
-from opnp import images, parameters, registry, scoring
+from opnp.data import images
+from opnp.data.images import Images
+from opnp.deployment import score
 from opnp.errors import InputError
-from opnp.files import digest, read_json, write_json
-from opnp.images import Images
-from opnp.parameters import Parameters
-from opnp.tracking import experiment_name
+from opnp.pipeline import parameters
+from opnp.pipeline.parameters import Parameters
+from opnp.runtime.files import digest, read_json, write_json
+from opnp.tracking import registry
+from opnp.tracking.mlflow_client import experiment_name
 
 __all__ = ["monitor", "watch"]
 
@@ -77,7 +80,7 @@ def watch(folder: Path, chosen: Parameters) -> bool:
         print(f"monitor: {len(found)} new images, fewer than retrain.min_images: they wait")
         return False
     with TemporaryDirectory() as temporary:
-        summary = scoring.score(champion, found, Path(temporary) / "scores.parquet")
+        summary = score.score(champion, found, Path(temporary) / "scores.parquet")
     share = summary.flagged
     print(f"monitor: {share:.1f} % of {summary.images} new images are flagged (limit {limit:g} %)")
     if share > limit:
@@ -91,14 +94,14 @@ def watch(folder: Path, chosen: Parameters) -> bool:
 
 def ask(folder: Path, share: float) -> None:
     """Emit the event, and start the deployment of `flows.retrain`, if there is one."""
-    if not server.named():
+    if not prefect_server.named():
         print("monitor: no Prefect server is named in PREFECT_API_URL: no retraining is asked for")
         return
     from prefect.client.orchestration import get_client
     from prefect.deployments import run_deployment
     from prefect.exceptions import ObjectNotFound
 
-    with server.running():
+    with prefect_server.running():
         resource = {"prefect.resource.id": f"opnp.monitor.{experiment_name()}"}
         payload = {"folder": str(folder), "flagged": share}
         emit_event("opnp.monitor.beyond-limit", resource, payload=payload)

@@ -5,9 +5,9 @@ import os
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from flows.stage import command, timings
-from opnp import stages, tracking
-from opnp.parameters import Parameters, load
+from flows.process import command, timings
+from opnp.pipeline import records, stages
+from opnp.pipeline.parameters import Parameters, load
 
 __all__ = ["report"]
 
@@ -27,4 +27,4 @@ if __name__ == "__main__":
     command(report)
     # Under `dvc repro` this is the last stage, so the run is whole; `flows.pipeline` does the same.
     if "DVC_ROOT" in os.environ:
-        tracking.record_run(load(), timings())
+        records.record_run(load(), timings())

@@ -11,17 +11,19 @@ from typing import Any
 from prefect import flow
 from prefect.events import emit_event
 
-from flows import engine, pipeline, schedule, server, versions
+from flows import dvc_repo, pipeline, prefect_server, schedule, workers
 from flows.fetch import fetch
-from flows.program import program
-from flows.stage import hide_what_is_told, timed
-from opnp import contest, parameters, registry, saved
-from opnp.backbones import is_factory
-from opnp.contest import Verdict
+from flows.process import hide_what_is_told, program, timed
+from opnp.backbones.libraries import is_factory
+from opnp.deployment import champion
+from opnp.deployment.champion import Verdict
+from opnp.deployment.detector import load as load_detector
 from opnp.errors import InputError
-from opnp.parameters import Parameters
-from opnp.stages import detector as stage
-from opnp.tracking import experiment_name
+from opnp.pipeline import parameters
+from opnp.pipeline.parameters import Parameters
+from opnp.pipeline.stages import detector as stage
+from opnp.tracking import registry
+from opnp.tracking.mlflow_client import experiment_name
 
 __all__ = ["contend", "retrain"]
 
@@ -41,7 +43,7 @@ def check_frozen(client: Any, folder: Path) -> None:
         InputError: the folder holds another set than the one that detectors were compared on.
     """
     name, tag = experiment_name(), f"evaluation.{folder.name}"
-    found = contest.frozen_digest(folder)
+    found = champion.frozen_digest(folder)
     known = client.get_registered_model(name).tags.get(tag)
     if known is None:
         client.set_registered_model_tag(name, tag, found)
@@ -72,8 +74,8 @@ def contend(folder: Path, chosen: Parameters) -> str:
             return "unchanged"
         check_frozen(client, evaluation)
         client.set_registered_model_alias(name, registry.CHALLENGER, version)
-    verdict = contest.compare(
-        saved.load(folder, trust=trust),
+    verdict = champion.compare(
+        load_detector(folder, trust=trust),
         registry.champion(trust),
         evaluation,
         settings.max_accuracy_drop,
@@ -81,7 +83,7 @@ def contend(folder: Path, chosen: Parameters) -> str:
         chosen.seed,
     )
     decision = "promoted" if verdict.promoted else "rejected"
-    versions.push()
+    dvc_repo.push()
     if verdict.promoted:
         registry.promote(version)
     with registry.told():
@@ -102,7 +104,7 @@ def tell(version: str, decision: str, verdict: Verdict) -> None:
             f"{verdict.champion_accuracy:.1f} %"
         )
     print(words, flush=True)
-    resource = {"prefect.resource.id": f"opnp.detector.{experiment_name()}.{version}"}
+    resource = {"prefect.resource.id": f"opnp.detectors.opnp.{experiment_name()}.{version}"}
     emit_event(f"opnp.retrain.{decision}", resource, payload=verdict.figures())
 
 
@@ -110,14 +112,14 @@ def retrained() -> str:
     """What `retrain` does, in a workspace that this process holds."""
     chosen = parameters.load()
     evaluation = Path(chosen.retrain.evaluation)
-    server.start()
+    prefect_server.start()
     hide_what_is_told()
-    with server.running():
+    with prefect_server.running():
         # What the sources hold now, which may be other images than were recorded.
-        timed("fetch", partial(engine.run, fetch, chosen, accept=True))
+        timed("fetch", partial(workers.run, fetch, chosen, accept=True))
         pipeline.pipeline()
-        contest.freeze(evaluation)
-        contest.check_unseen(evaluation)
+        champion.freeze(evaluation)
+        champion.check_unseen(evaluation)
         stage.from_run(chosen).save(DETECTOR, overwrite=DETECTOR.exists())
         return contend(DETECTOR, chosen)
 

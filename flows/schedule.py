@@ -10,11 +10,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from flows import server
-from flows.program import LOCK, alone, program
-from flows.stage import hide_what_is_told
-from opnp import parameters
+from flows import prefect_server
+from flows.process import LOCK, alone, hide_what_is_told, program
 from opnp.errors import InputError
+from opnp.pipeline import parameters
 
 __all__ = ["due", "options", "serve"]
 
@@ -51,9 +50,9 @@ def serve(parser: argparse.ArgumentParser, given: argparse.Namespace, flow: Any)
         parser.error("--serve needs --cron or --interval")
     if interval is not None and not 0 < interval < float("inf"):
         parser.error("--interval is a number of seconds above 0")
-    if not server.named():
+    if not prefect_server.named():
         parser.error("--serve needs a Prefect server: name it in PREFECT_API_URL")
-    with program(lock=None), server.running():  # the workspace is each run's
+    with program(lock=None), prefect_server.running():  # the workspace is each run's
         parameters.load()
         run(flow, cron, interval, {name: str(value) for name, value in chosen.items()})
     return True

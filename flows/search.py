@@ -6,9 +6,9 @@ One task: the candidates share one set of features in memory.
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
 
-from flows.stage import command
-from opnp import stages
-from opnp.parameters import Parameters
+from flows.process import command
+from opnp.pipeline import stages
+from opnp.pipeline.parameters import Parameters
 
 __all__ = ["search"]
 

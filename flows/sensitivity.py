@@ -6,12 +6,12 @@ from pathlib import Path
 from prefect import flow, task, unmapped
 from prefect.cache_policies import NO_CACHE
 
-from flows import exchange
-from flows.stage import collect, command, unless_bad_input
-from opnp import stages
-from opnp.artifacts import BACKBONE, CLIPS
-from opnp.features import read_shard
-from opnp.parameters import Parameters
+from flows import transfer
+from flows.process import collect, command, unless_bad_input
+from opnp.backbones.shards import read_shard
+from opnp.pipeline import stages
+from opnp.pipeline.parameters import Parameters
+from opnp.workspace import BACKBONE, CLIPS
 
 __all__ = ["sensitivity"]
 
@@ -20,7 +20,7 @@ __all__ = ["sensitivity"]
 def sensitivity_shard(
     parameters: Parameters, path: Path, inputs: Mapping[Path, str]
 ) -> tuple[bool, str]:
-    return exchange.compute(
+    return transfer.compute(
         parameters,
         inputs,
         stages.sensitivity.sums_file(path),
@@ -38,11 +38,11 @@ def merge(plan: list[Path]) -> None:
 def sensitivity(parameters: Parameters) -> None:
     """Sum over every training shard, and merge; sums that are whole stay."""
     plan = stages.sensitivity.plan(parameters)
-    common = exchange.put(parameters, BACKBONE, CLIPS)
-    inputs = [common | exchange.put(parameters, path) for path in plan]
+    common = transfer.put(parameters, BACKBONE, CLIPS)
+    inputs = [common | transfer.put(parameters, path) for path in plan]
     futures = sensitivity_shard.map(unmapped(parameters), plan, inputs)
     parts = collect(futures, "sensitivity (shards)", len(plan))
-    for _ in exchange.bring(parameters, [stages.sensitivity.sums_file(p) for p in plan], parts):
+    for _ in transfer.bring(parameters, [stages.sensitivity.sums_file(p) for p in plan], parts):
         pass
     merge(plan)
 

@@ -8,12 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opnp.detector import OPNP
+    from opnp.deployment.detector import SavedDetector, load
+    from opnp.detectors.opnp import OPNP
     from opnp.errors import InputError
-    from opnp.masks import PruningMask
-    from opnp.saved import SavedDetector, load
-    from opnp.search import Grid, search_masks
-    from opnp.sensitivity import neuron_sensitivity, parameter_sensitivity
+    from opnp.pruning.candidates import Grid
+    from opnp.pruning.masks import PruningMask
+    from opnp.pruning.search import search_masks
+    from opnp.pruning.sensitivity import neuron_sensitivity, parameter_sensitivity
 
 __all__ = [
     "OPNP",
@@ -30,15 +31,15 @@ __all__ = [
 __version__ = "0.1.0"
 
 HOMES = {
-    "OPNP": "detector",
-    "Grid": "search",
+    "OPNP": "detectors.opnp",
+    "Grid": "pruning.candidates",
     "InputError": "errors",
-    "PruningMask": "masks",
-    "SavedDetector": "saved",
-    "load": "saved",
-    "neuron_sensitivity": "sensitivity",
-    "parameter_sensitivity": "sensitivity",
-    "search_masks": "search",
+    "PruningMask": "pruning.masks",
+    "SavedDetector": "deployment.detector",
+    "load": "deployment.detector",
+    "neuron_sensitivity": "pruning.sensitivity",
+    "parameter_sensitivity": "pruning.sensitivity",
+    "search_masks": "pruning.search",
 }
 
 

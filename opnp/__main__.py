@@ -1,6 +1,6 @@
 """`python -m opnp` is the program `opnp`."""
 
-from opnp.cli import main
+from opnp.cli.app import main
 
 if __name__ == "__main__":
     main()

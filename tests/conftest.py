@@ -119,7 +119,7 @@ def prefect_api(common: Path) -> Iterator[str]:
     with FileLock(common / "prefect.lock"):
         if not file.exists():
             whole_run = os.getppid() if "PYTEST_XDIST_WORKER" in os.environ else os.getpid()
-            words = [sys.executable, "-m", "flows.server", str(whole_run), str(file), "0"]
+            words = [sys.executable, "-m", "flows.prefect_server", str(whole_run), str(file), "0"]
             with (common / "prefect.log").open("w") as log:
                 server = subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=log)
             while not file.exists():
@@ -162,7 +162,7 @@ def workspace(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture
 def call(prefect_api: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], str]:
     """Run a flow as its command would, expecting it to fail; the one sentence it ends with."""
-    from flows.stage import command
+    from flows.process import command
 
     def run(flow: Any) -> str:
         monkeypatch.setattr(sys, "argv", [flow.__name__])
@@ -178,7 +178,7 @@ def call(prefect_api: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], s
 @pytest.fixture(scope="session")
 def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A user's trained model and images, see `tests.own_model`; its module can be imported."""
-    from tests import own_model  # torch, which not all tests want
+    from tests.helpers import own_model  # torch, which not all tests want
 
     folder = own_model.make(tmp_path_factory.mktemp("own"))
     with pytest.MonkeyPatch.context() as patch:
@@ -189,6 +189,6 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def detector_folder(own: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A detector fitted to it, with a small search; not to be changed."""
-    from tests import own_model
+    from tests.helpers import own_model
 
     return own_model.fitted(own, tmp_path_factory.mktemp("fitted") / "detector")

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from opnp import cli, images
+from opnp.cli import app
+from opnp.data import images
 from tests.conftest import run_program
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -35,7 +36,7 @@ def opnp(words: list[str], patch: pytest.MonkeyPatch) -> int | str:
     """Run the program in this process: its exit code, or the sentence it ends with."""
     patch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        app.main()
     return stop.value.code or 0
 
 
@@ -173,8 +174,9 @@ def test_fit_needs_no_orchestration(tmp_path: Path) -> None:
     Image.new("L", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "a.csv").write_text("path\na.png\n")
     code = (
-        "import sys; import opnp.fitting, opnp.scoring, opnp.export, opnp.cli, opnp.saved;"
-        "from opnp import images; images.find('.', 'a.csv');"
+        "import sys; import opnp.cli.app, opnp.deployment.detector, opnp.deployment.export;"
+        "import opnp.deployment.fit, opnp.deployment.score;"
+        "from opnp.data import images; images.find('.', 'a.csv');"
         "heavy = {'mlflow', 'prefect', 'dvc', 'pytorch_ood', 'torchvision', 'sklearn', 'pydantic'};"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )

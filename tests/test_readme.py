@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import mobilenet_v3_small
 
 from opnp import Grid
-from opnp.parameters import load
+from opnp.pipeline.parameters import load
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -1,0 +1,1 @@
+"""Trained classifiers: their encoder and linear head, weights, training, cached features."""

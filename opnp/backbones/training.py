@@ -1,0 +1,132 @@
+"""Training a classifier: SGD or AdamW with a one-cycle schedule, deterministic under its seed."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from opnp.backbones.backbone import Classifier
+from opnp.backbones.spcp import Rectifier
+from opnp.errors import InputError
+from opnp.runtime.progress import track
+
+__all__ = ["correct", "fit"]
+
+
+def shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
+    """Shift each image of (N, C, H, W) by up to ``pixels`` either way; the border is repeated."""
+    n, _, height, width = images.shape
+    padded = F.pad(images, (pixels,) * 4, mode="replicate")
+    offset = torch.randint(2 * pixels + 1, (2, n), generator=generator).to(images.device)
+    rows = offset[0][:, None] + torch.arange(height, device=images.device)
+    columns = offset[1][:, None] + torch.arange(width, device=images.device)
+    sample = torch.arange(n, device=images.device)
+    return padded.permute(0, 2, 3, 1)[
+        sample[:, None, None], rows[:, :, None], columns[:, None, :]
+    ].permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def correct(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """How many images (N, C, H, W) have their label's (N,) logit as their largest."""
+    # 512 at once, but no more pixels than 64 images of 224 × 224 have: those take about 1 GB.
+    size = max(1, min(512, 64 * 224**2 // images.shape[2:].numel()))
+    training = model.training
+    model.eval()
+    found = sum(
+        int((model(x).argmax(dim=1) == y).sum())
+        for x, y in zip(images.split(size), labels.split(size), strict=True)
+    )
+    model.train(training)
+    return found
+
+
+def fit(
+    model: Classifier,
+    train: tuple[Tensor, Tensor],
+    validation: tuple[Tensor, Tensor],
+    *,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float,
+    shift_pixels: int,
+    seed: int,
+    optimizer: Literal["sgd", "adamw"] = "sgd",
+    precision: Literal["float32", "bfloat16"] = "float32",
+    spcp: float | None = None,
+) -> list[dict[str, float]]:
+    """Train ``model`` in place.
+
+    Args:
+        model: on the device to train on; its weights are initialized by the caller.
+        train: normalized images, float32 (N, C, H, W), and labels, int64 (N,), on that device.
+        validation: the same; looked at, never learnt from.
+        epochs: passes over the training images.
+        batch_size: images in a step.
+        learning_rate: peak of the one-cycle schedule.
+        weight_decay: of the optimizer.
+        shift_pixels: augmentation by random shifts of up to that many pixels.
+        seed: of the order and the augmentation.
+        optimizer: ``sgd`` (Nesterov momentum 0.9) or ``adamw``, which transformers want.
+        precision: of the products while training; weights and sums stay float32.
+        spcp: percentile in (0, 100) at which `Rectifier` clips contributions; None clips nothing.
+
+    Returns:
+        One record an epoch: ``epoch``, ``loss``, ``train_accuracy``, ``validation_accuracy``
+        (percent; train accuracy is that of the augmented images as they were learnt from).
+
+    Raises:
+        InputError: the loss stopped being finite.
+    """
+    model.to(memory_format=torch.channels_last)  # the faster one for convolutions, here and on GPUs
+    images, labels = train
+    generator = torch.Generator().manual_seed(seed)
+    step: torch.optim.Optimizer = (
+        torch.optim.SGD(
+            model.parameters(),
+            learning_rate,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=weight_decay,
+        )
+        if optimizer == "sgd"
+        else torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
+    )
+    rectifier = None if spcp is None else Rectifier(spcp)
+    steps = -(-len(images) // batch_size)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(step, learning_rate, epochs * steps)
+    history = []
+    for epoch in track(range(1, epochs + 1), "train (epochs)", epochs):
+        model.train()
+        loss_sum = hits = 0.0
+        for index in torch.randperm(len(images), generator=generator).split(batch_size):
+            index = index.to(images.device)
+            x = shift(images[index], shift_pixels, generator).contiguous(
+                memory_format=torch.channels_last
+            )
+            y = labels[index]
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                out = model(x).float() if rectifier is None else model.encoder(x)
+            logits = out if rectifier is None else rectifier(model.head, out)
+            loss = F.cross_entropy(logits, y)
+            step.zero_grad(set_to_none=True)
+            loss.backward()
+            step.step()
+            schedule.step()
+            loss_sum += loss.item() * len(y)
+            hits += int((logits.argmax(dim=1) == y).sum())
+        if not loss_sum < float("inf"):
+            raise InputError(
+                f"The training loss is not finite in epoch {epoch}: lower train.learning_rate."
+            )
+        history.append(
+            {
+                "epoch": epoch,
+                "loss": loss_sum / len(images),
+                "train_accuracy": 100 * hits / len(images),
+                "validation_accuracy": 100 * correct(model, *validation) / len(validation[1]),
+            }
+        )
+    return history

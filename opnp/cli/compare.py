@@ -1,0 +1,205 @@
+"""The detectors of all runs in MLflow, side by side."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from opnp.errors import InputError
+
+if TYPE_CHECKING:
+    from opnp.tracking.history import DetectorRun
+
+
+@dataclass(frozen=True)
+class Row:
+    """The detectors on one backbone and ID data set: each one's value for each seed that has it."""
+
+    backbone: str
+    data: str
+    seeds: list[int]
+    values: dict[str, list[float]]
+
+    def mean(self, detector: str) -> float | None:
+        values = self.values.get(detector)
+        return fmean(values) if values else None
+
+    def text(self, detector: str) -> str:
+        """The mean; of how many seeds, where some lack it."""
+        mean, count = self.mean(detector), len(self.values.get(detector, ()))
+        if mean is None:
+            return "–"
+        return f"{mean:.1f}" + f" ({count} of {len(self.seeds)})" * (count < len(self.seeds))
+
+
+@dataclass(frozen=True)
+class Table:
+    """One metric of detectors, the best first, over rows."""
+
+    metric: str
+    on: str
+    detectors: list[str]
+    rows: list[Row]
+
+    def means(self) -> dict[str, float | None]:
+        """Of each detector over all rows; none where a row lacks it, which would not be fair."""
+        found: dict[str, float | None] = {}
+        for name in self.detectors:
+            known = [value for row in self.rows if (value := row.mean(name)) is not None]
+            found[name] = fmean(known) if len(known) == len(self.rows) else None
+        return found
+
+    @property
+    def title(self) -> str:
+        from opnp.metrics.ranking import lower_is_better
+
+        unit = "" if self.metric == "rank" else " in %"
+        better = "lower" if lower_is_better(self.metric) else "higher"
+        return f"{self.metric}{unit} on {self.on}, {better} is better"
+
+    def lines(self) -> list[tuple[list[str], list[str], list[bool]]]:
+        """Heads, cells and which cells are best, of each row and of the mean over rows."""
+        lines = []
+        for row in self.rows:
+            shown = [row.text(name) for name in self.detectors]
+            heads = [row.backbone, short(row.data), str(len(row.seeds))]
+            lines.append((heads, shown, self.best([row.mean(name) for name in self.detectors])))
+        means = list(self.means().values())
+        shown = ["–" if mean is None else f"{mean:.1f}" for mean in means]
+        return [*lines, (["mean", "", ""], shown, self.best(means))]
+
+    def best(self, values: Sequence[float | None]) -> list[bool]:
+        """Which are the best as they are shown: equal digits are equally good."""
+        from opnp.metrics.ranking import lower_is_better
+
+        known = [round(value, 1) for value in values if value is not None]
+        first = (min if lower_is_better(self.metric) else max)(known, default=None)
+        return [value is not None and round(value, 1) == first for value in values]
+
+
+def tabulate(
+    runs: "list[DetectorRun]",
+    metric: str,
+    on: str,
+    detectors: list[str] | None,
+    data: str | None,
+) -> Table:
+    """Put runs, latest first, into a table.
+
+    Raises:
+        InputError: a metric, column, detector or data set is not in any of the runs.
+    """
+    from opnp.metrics.ranking import lower_is_better
+
+    keys = {key.rpartition("/") for run in runs for key in run.metrics}
+    known = {column for column, _, what in keys if what == "fpr95"}
+    require("metric", metric, {what for column, _, what in keys if column in known})
+    require("OOD set", on, {column for column, _, what in keys if what == metric})
+    if data is not None:
+        require("ID data", data, {name for run in runs for name in (run.data, short(run.data))})
+        runs = [run for run in runs if data in (run.data, short(run.data))]
+    for name in detectors or ():
+        require("detector", name, {run.detector for run in runs})
+    latest: dict[tuple[str, str, int], str] = {}
+    for run in runs:
+        latest.setdefault((run.backbone, run.data, run.seed), run.run)
+    rows: dict[tuple[str, str], Row] = {}
+    for backbone, of, seed in sorted(latest):
+        row = rows.setdefault((backbone, of), Row(backbone, of, [], {}))
+        row.seeds.append(seed)
+    key = f"{on}/{metric}"
+    for run in runs:
+        newest = latest[run.backbone, run.data, run.seed] == run.run
+        if newest and key in run.metrics and run.detector in (detectors or [run.detector]):
+            values = rows[run.backbone, run.data].values
+            values.setdefault(run.detector, []).append(run.metrics[key])
+    filled = [row for row in rows.values() if row.values]
+    if not filled:
+        raise InputError(f"No run has {metric} on {on} of these detectors: leave one choice out.")
+    named = detectors or sorted({name for row in filled for name in row.values})
+    if detectors is None:
+        sign, means = 1 if lower_is_better(metric) else -1, Table(metric, on, named, filled).means()
+        named.sort(key=lambda name: (means[name] is None, sign * (means[name] or 0)))
+    return Table(metric, on, named, filled)
+
+
+def require(what: str, name: str, known: set[str]) -> None:
+    if name not in known:
+        near = get_close_matches(name, known, 3, cutoff=0.5) or sorted(known)
+        raise InputError(f"No run has the {what} {name!r}; did you mean {', '.join(near)}?")
+
+
+def short(data: str) -> str:
+    """The name of ID data that may be a path or `torchvision:NAME`."""
+    return Path(data).name.removeprefix("torchvision:")
+
+
+def as_values(table: Table) -> dict[str, Any]:
+    return {
+        "metric": table.metric,
+        "on": table.on,
+        "rows": [
+            {
+                "backbone": row.backbone,
+                "data": row.data,
+                "seeds": row.seeds,
+                "values": {name: row.mean(name) for name in table.detectors},
+            }
+            for row in table.rows
+        ],
+        "mean": table.means(),
+    }
+
+
+def as_markdown(table: Table) -> str:
+    def line(cells: Iterable[str]) -> str:
+        return f"| {' | '.join(cells)} |"
+
+    rows = [line(["backbone", "data", "seeds", *table.detectors])]
+    rows.append(line(["---", "---"] + ["--:"] * (1 + len(table.detectors))))
+    for heads, cells, best in table.lines():
+        pairs = zip(cells, best, strict=True)
+        rows.append(line([*heads, *(f"**{cell}**" if first else cell for cell, first in pairs)]))
+    return "\n".join([f"{table.title}.", "", *rows])
+
+
+def show_table(table: Table) -> None:
+    """Print the table, in as many parts as the terminal's width asks for."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    lines, heads = table.lines(), ("backbone", "data", "seeds")
+    border = 3  # of each cell: a space on both sides, and the line
+    widths = [
+        border + max(len(name), *(len(cells[place]) for _, cells, _ in lines))
+        for place, name in enumerate(table.detectors)
+    ]
+    fixed = 1 + sum(
+        border + max(len(head), *(len(names[place]) for names, _, _ in lines))
+        for place, head in enumerate(heads)
+    )
+    # A terminal too narrow for a single detector wraps the lines, which loses nothing.
+    console = Console(width=max(Console().width, fixed + max(widths)))
+    room = console.width - fixed
+    print(table.title)
+    start = 0
+    while start < len(widths):
+        stop = start + 1
+        while stop < len(widths) and sum(widths[start : stop + 1]) <= room:
+            stop += 1
+        part = RichTable(box=SIMPLE_HEAD)
+        for head in heads:
+            part.add_column(head, no_wrap=True, justify="right" if head == "seeds" else "left")
+        for name in table.detectors[start:stop]:
+            part.add_column(Text(name), no_wrap=True, justify="right")
+        for names, cells, best in lines:
+            if names[0] == "mean":
+                part.add_section()
+            pairs = zip(cells[start:stop], best[start:stop], strict=True)
+            part.add_row(*names, *(Text(cell, "bold" if first else "") for cell, first in pairs))
+        console.print(part)
+        start = stop

@@ -1,0 +1,121 @@
+"""What the program reads from its options and prints of its results."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from opnp.errors import InputError
+
+if TYPE_CHECKING:
+    from opnp.deployment.detector import SavedDetector
+
+
+def numbers(option: str, text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise InputError(f"--{option} takes numbers with commas between, not {text!r}.") from None
+
+
+def read_classes(path: Path | None) -> list[str] | None:
+    """What `--classes` names, one a line."""
+    if path is None:
+        return None
+    try:
+        return path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): correct --classes.") from None
+
+
+def find_own_code() -> None:
+    """Let modules be imported from here, as `python -m` does, when a user names code to run."""
+    sys.path.insert(0, str(Path.cwd()))
+
+
+def loaded(folder: Path, trust: str | None, device: str | None) -> "SavedDetector":
+    from opnp.deployment.detector import load as load_detector
+
+    if trust is not None:
+        find_own_code()
+    return load_detector(folder, device_named(device), trust)
+
+
+def device_named(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"There is no device {name!r} here ({reason}): leave it out.") from None
+    return name
+
+
+def told(record: dict[str, Any], as_json: bool, words: Callable[[dict[str, Any]], str]) -> None:
+    print(json.dumps(record, indent=2) if as_json else words(record))
+
+
+def unreadable(images: Sequence[str]) -> None:
+    """Name the images that were left out, and say so with the exit code."""
+    if images:
+        print(*images, sep="\n", file=sys.stderr)
+        count = "1 image" if len(images) == 1 else f"{len(images)} images"
+        print(f"{count} could not be read.", file=sys.stderr)
+        raise typer.Exit(3)
+
+
+def describe(of: dict[str, Any]) -> str:
+    """What a detector is and how it was made, in words."""
+    threshold, mask, made, score = of["threshold"], of["mask"], of["made"], of["score"]
+    found, size = made["search"], of["preprocessing"]["size"]
+    clip = "" if score["clip"] is None else f", features clipped at {score['clip']:.4g}"
+    lines = {
+        "model": f"{of['model']['name']}, {of['features']} features, {len(of['classes'])} classes",
+        "images": f"{size} × {size}, {of['preprocessing']['mode']}",
+        "score": f"{score['name']}, T = {score['temperature']:g}{clip}; larger means OOD",
+        "threshold": f"{threshold['value']:.4g} ({threshold['low']:.4g} to {threshold['high']:.4g})"
+        f" accepts {threshold['accept']:g} % of {threshold['samples']} ID validation images",
+        "pruned": f"{mask['pruned']:.1f} % of the head: of the weights the lowest "
+        f"{mask['weights_low']:g} % and the highest {mask['weights_high']:g} %, of the neurons "
+        f"{mask['neurons_low']:g} % and {mask['neurons_high']:g} % ({mask['neuron_sensitivity']})",
+        "proxies": f"mean FPR95 {found['fpr95']:.1f} %, unpruned {found['unpruned']['fpr95']:.1f} %"
+        f"; best of {found['candidates']} masks within noise",
+        "accuracy": f"{found['accuracy']:.1f} %, unpruned {found['unpruned']['accuracy']:.1f} % "
+        f"(labels: {made['validation']['labels']})",
+        "made": f"{made['at']} by {made['by']} from {mask['training_images']} training images "
+        f"({made['train']['source']}) and {made['validation']['images']} validation images "
+        f"({made['validation']['source']})",
+        "versions": ", ".join(f"{name} {which}" for name, which in made["versions"].items()),
+        "digest": of["digest"],
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+
+def show_evaluation(of: dict[str, Any]) -> None:
+    """Print an evaluation as a table."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table as RichTable
+
+    table = RichTable(box=SIMPLE_HEAD)
+    heads = ("in %", "flagged", "FPR95", "AUROC", "AUPR-in", "energy FPR95", "energy AUROC")
+    for head in heads:
+        table.add_column(head, justify="left" if head == heads[0] else "right")
+    for name, each in (*of["ood"].items(), ("mean", of["mean"])):
+        figures = [each["flagged"], *(each[metric] for metric in ("fpr95", "auroc", "aupr_in"))]
+        figures += [each["energy"][metric] for metric in ("fpr95", "auroc")]
+        table.add_row(name, *(f"{figure:.1f}" for figure in figures))
+    inside = of["id"]
+    line = f"ID: {inside['images']} images, {inside['flagged']:.1f} % flagged OOD"
+    if inside["accuracy"] is not None:
+        line += f", accuracy {inside['accuracy']:.1f} %"
+        line += f" (unpruned {inside['accuracy_unpruned']:.1f} %)"
+    Console().print(table)
+    print(line)

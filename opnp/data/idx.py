@@ -1,0 +1,89 @@
+"""IDX files, the format of MNIST."""
+
+import gzip
+import math
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from opnp.data.decoding import PIXELS
+from opnp.data.parquet import spooled
+from opnp.data.parts import divided
+from opnp.data.splits import Source, Split, state_of
+from opnp.errors import InputError
+
+__all__ = ["read_idx"]
+
+DEFLATED = 1032  # times smaller at most is what DEFLATE makes of anything
+
+
+# IDX files
+
+
+def open_idx(folder: Path, part: str | None) -> Source:
+    """``train-`` and ``t10k-images-idx3-ubyte`` with their labels, plain or .gz, as MNIST has."""
+    wanted = divided({"train": "train", "test": "t10k"}, part)
+    splits = {name: idx_split(folder, prefix) for name, prefix in wanted.items()}
+    count = int(next(iter(splits.values())).labels.max(initial=-1)) + 1
+    return Source([str(label) for label in range(count)], splits)
+
+
+def idx_split(folder: Path, part: str) -> Split:
+    path = folder / f"{part}-images-idx3-ubyte"
+    state = state_of(path) or state_of(f"{path}.gz")
+    images, labels = read_idx(path), read_idx(folder / f"{part}-labels-idx1-ubyte")
+    if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels):
+        raise InputError(
+            f"{folder} holds {len(images)} {part} images but {len(labels)} labels: replace them."
+        )
+    if images[0].size > PIXELS:
+        raise InputError(f"{folder} holds {part} images of absurd dimensions: replace them.")
+    return Split(
+        labels.astype(np.int64),
+        lambda row: Image.fromarray(np.array(images[row])),
+        lambda row: f"{path}#{row}",
+        lambda row: state,
+    )
+
+
+def read_idx(path: Path) -> NDArray[np.uint8]:
+    """Map an IDX file of unsigned bytes, plain or gzipped (the format's home: the MNIST page).
+
+    A gzipped one is unpacked into a temporary file, no further than its header says.
+
+    Raises:
+        InputError: the file is missing, truncated or of another format.
+    """
+    packed = path.with_name(path.name + ".gz")
+    plain = path.exists()
+    broken = InputError(f"{path} is not a whole IDX file of unsigned bytes: replace it.")
+    try:
+        limit = path.stat().st_size if plain else DEFLATED * packed.stat().st_size
+        with open(path, "rb") if plain else gzip.open(packed) as file:
+            head = file.read(4)
+            dimensions = head[3] if head[:3] == b"\0\0\x08" and len(head) == 4 else 0
+            sizes = file.read(4 * dimensions)
+            shape = np.frombuffer(sizes[: len(sizes) // 4 * 4], ">u4").tolist()
+            count, start = math.prod(shape), 4 + 4 * dimensions
+            if len(shape) != dimensions or dimensions == 0 or not 0 < count <= limit:
+                raise broken
+            if plain:
+                if limit != start + count:
+                    raise broken
+                return np.memmap(path, np.uint8, "r", start, tuple(shape))
+            spool, left = tempfile.TemporaryFile(), count + 1  # noqa: SIM115
+            while left and (block := file.read(min(left, 1 << 20))):
+                spooled(spool, block)
+                left -= len(block)
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing (plain or .gz): put it there.") from None
+    except (EOFError, zlib.error, OSError) as error:
+        raise InputError(f"{packed} is damaged ({error}): replace it.") from None
+    if left != 1:
+        raise broken
+    spool.flush()
+    return np.memmap(spool, np.uint8, "r", shape=tuple(shape))

@@ -1,0 +1,178 @@
+"""A user's images, from any source: labelled by it, decoded and preprocessed in batches."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from opnp.data.preprocessing import Preprocessing
+from opnp.data.sources import open_part
+from opnp.data.splits import Split
+from opnp.errors import InputError
+
+__all__ = ["Batch", "Images", "find"]
+
+DECODERS = 4  # threads: Pillow decodes without holding Python's lock
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some images, decoded and preprocessed.
+
+    Attributes:
+        rows: of those that could be read.
+        pixels: theirs, each uint8 (H, W, C).
+        lost: the reason why another could not be read, by row.
+    """
+
+    rows: list[int]
+    pixels: list[NDArray[np.uint8]]
+    lost: dict[int, InputError]
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images of one or more sources.
+
+    Attributes:
+        source: where they were found, in words.
+        classes: names of the sources' own classes, if they have any.
+        split: the images, with labels among these classes.
+    """
+
+    source: str
+    classes: list[str]
+    split: Split
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Paths of the images.
+
+        Raises:
+            InputError: one is no file of its own, but a row of another.
+        """
+        paths = [Path(self.name(row)) for row in range(len(self))]
+        if other := next((path for path in paths if not path.is_file()), None):
+            raise InputError(f"{other} is no image file: name a folder of image files.")
+        return paths
+
+    def name(self, row: int) -> str:
+        """The path of an image, or ``file#row``, counted from 0."""
+        return self.split.name(row)
+
+    def select(self, rows: Sequence[int]) -> "Images":
+        """These images alone, in this order."""
+        split = self.split.select(rows, self.split.labels[list(rows)])
+        return Images(self.source, self.classes, split)
+
+    def states(self, rows: Sequence[int]) -> list[object]:
+        """The names of images and what differs once one is another, as JSON has it."""
+        with ThreadPoolExecutor(DECODERS) as pool:
+            found = pool.map(self.split.state, rows)
+            return [[self.name(row), state] for row, state in zip(rows, found, strict=True)]
+
+    def labels(self, classes: Sequence[str]) -> NDArray[np.int64] | None:
+        """Labels (N,) among a model's classes; None if no image is of a class named like one.
+
+        A source whose classes are the numbers from 0 on, as many as the model has classes, numbers
+        these, unless they have such names themselves.
+
+        Raises:
+            InputError: some images are of such classes, and others are not.
+        """
+        place = {name: label for label, name in enumerate(classes)}
+        numbers = {str(label): label for label in range(len(classes))}
+        if set(self.classes) == numbers.keys() and not numbers.keys() & place.keys():
+            place = numbers
+        labels = np.array([*(place.get(name, -1) for name in self.classes), -1], np.int64)
+        labels = labels[self.split.labels]  # −1 is the last
+        if not (labels >= 0).any():
+            return None
+        if (labels < 0).any():
+            row = int(np.argmax(labels < 0))
+            own = int(self.split.labels[row])
+            odd = "one of no class" if own < 0 else f"of the class {self.classes[own]!r}"
+            raise InputError(
+                f"{self.source} holds images of some of the model's classes, but also {odd} "
+                f"({self.name(row)}): name all classes, or folders, like the model's, or none."
+            )
+        return labels
+
+    def batches(
+        self, preprocessing: Preprocessing, rows: Sequence[int], size: int
+    ) -> Iterator["Batch"]:
+        """Preprocessed images, ``size`` at a time; the next are decoded while these are used."""
+
+        def read(row: int) -> NDArray[np.uint8] | InputError:
+            try:
+                return preprocessing.pixels(self.split.load(row))
+            except InputError as error:
+                return error
+
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        with ThreadPoolExecutor(DECODERS) as pool:
+            coming = [pool.submit(read, row) for row in parts[0]] if parts else []
+            for part, following in zip(parts, [*parts[1:], []], strict=True):
+                waiting, coming = coming, [pool.submit(read, row) for row in following]
+                read_now = dict(zip(part, (each.result() for each in waiting), strict=True))
+                whole = {r: each for r, each in read_now.items() if isinstance(each, np.ndarray)}
+                lost = {r: each for r, each in read_now.items() if isinstance(each, InputError)}
+                yield Batch(list(whole), list(whole.values()), lost)
+
+
+def find(*places: str | Path, part: str = "test", asked: str = "") -> Images:
+    """Images of sources, as `opnp.data.sources.open_part` opens them.
+
+    Args:
+        places: image files, folders, Parquet files, manifests, ``torchvision:NAME``, …
+        part: ``train``, ``validation`` or ``test``: of sources that are divided.
+        asked: the option that names them, for error messages.
+
+    Raises:
+        InputError: there is no such source, or it is broken, or there is no image.
+    """
+    words, splits = [], []
+    opened = [open_part(str(place), part, asked) for place in places]
+    classes = sorted({name for source in opened for name in source.classes})
+    number = {name: label for label, name in enumerate(classes)}
+    for place, source in zip(places, opened, strict=True):
+        [(name, split)] = source.splits.items()
+        words.append(str(place) if name == "all" else f"the {name} split of {place}")
+        own = np.array([*(number[each] for each in source.classes), -1], np.int64)
+        known = (split.labels >= 0) & (split.labels < len(source.classes))
+        labels = own[np.where(known, split.labels, -1)]
+        splits.append(split.select(np.arange(len(split)), labels))
+    found = Images(", ".join(words), classes, joined(splits))
+    if not len(found):
+        raise InputError(f"{asked} {found.source} holds no image: add some.".strip())
+    return found
+
+
+def joined(splits: Sequence[Split]) -> Split:
+    """The images of all, one split after the other."""
+    ends = np.cumsum([len(split) for split in splits])
+
+    def at(row: int) -> tuple[Split, int]:
+        place = int(np.searchsorted(ends, row, side="right"))
+        return splits[place], row - int(ends[place]) + len(splits[place])
+
+    def load(row: int) -> Image.Image:
+        split, own = at(row)
+        return split.load(own)
+
+    def name(row: int) -> str:
+        split, own = at(row)
+        return split.name(own)
+
+    def state(row: int) -> object:
+        split, own = at(row)
+        return split.state(own)
+
+    return Split(np.concatenate([split.labels for split in splits]), load, name, state)

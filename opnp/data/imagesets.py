@@ -1,0 +1,297 @@
+"""Image sets on disk: Parquet in the Hugging Face image layout, and a manifest of them."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from opnp.data.decoding import decode
+from opnp.data.preprocessing import fit
+from opnp.data.splits import Example
+from opnp.errors import InputError
+from opnp.runtime.files import atomic, digest, read_json
+from opnp.runtime.storage import RemoteFile
+from opnp.workspace import DATA, MANIFEST
+
+__all__ = ["ImageSet", "Manifest", "data_file", "read", "read_manifest", "unit", "write"]
+
+ROW_GROUP = 1024  # images: what is decoded at once when some rows are read
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """One set of images as the manifest records it.
+
+    Attributes:
+        role: ``train``, ``validation``, ``test``, ``near`` or ``far`` (OOD test sets), or
+            ``outliers`` (OOD sets for the mask search).
+        source: where the images came from.
+        count: number of images.
+        classes: images of each class, by name; empty for OOD.
+        sha256: of the Parquet file.
+        unreadable: images of the source that were left out, since they cannot be decoded; all of
+            the ID source's are named with ``train``.
+    """
+
+    role: str
+    source: str
+    count: int
+    classes: dict[str, int]
+    sha256: str
+    unreadable: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is in `data/`.
+
+    Attributes:
+        parameters: the section ``data`` that the sets were made with, and ``outliers``, if any.
+        classes: names of the K known classes, in the order of their labels.
+        sets: by name; an OOD test set's name starts with ``ood/``, an outlier set's for the mask
+            search with ``outliers/``.
+        missing: sources of the OOD test sets that were left out, since their files are not there.
+    """
+
+    parameters: dict[str, Any]
+    classes: list[str]
+    sets: dict[str, ImageSet]
+    missing: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ood(self) -> dict[str, ImageSet]:
+        """The OOD test sets, by name without ``ood/``."""
+        return {
+            name.removeprefix("ood/"): entry
+            for name, entry in self.sets.items()
+            if name.startswith("ood/")
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        values = asdict(self)
+        for entry in values["sets"].values():
+            if not entry["unreadable"]:
+                del entry["unreadable"]
+        if not values["missing"]:
+            del values["missing"]
+        return values
+
+
+def data_file(name: str, folder: Path = DATA) -> Path:
+    """Where the set ``name`` lies."""
+    return folder / f"{name}.parquet"
+
+
+def read_manifest(elsewhere: bool = False) -> Manifest:
+    """The manifest of `data/`, after a look at whether all its files are there.
+
+    Args:
+        elsewhere: they may lie in a storage instead.
+
+    Raises:
+        InputError: data are missing or the manifest is broken.
+    """
+    values = read_json(MANIFEST, "python -m flows.fetch")
+    try:
+        manifest = Manifest(
+            values["parameters"],
+            values["classes"],
+            {name: ImageSet(**entry) for name, entry in values["sets"].items()},
+            values.get("missing", {}),
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{MANIFEST} is not a manifest ({error}): run `python -m flows.fetch`."
+        ) from None
+    for name in manifest.sets:
+        if not elsewhere and not data_file(name).is_file():
+            raise InputError(f"{data_file(name)} is missing: run `python -m flows.fetch`.")
+    return manifest
+
+
+def write(
+    path: Path,
+    role: str,
+    source: str,
+    examples: Iterable[Example],
+    size: int,
+    mode: str,
+    classes: list[str],
+    limit: int | None = None,
+    resize: int | None = None,
+    interpolation: str = "bilinear",
+) -> ImageSet:
+    """Write images as PNG into a Parquet file, each of them ``size`` × ``size`` in ``mode``.
+
+    Args:
+        path: the file.
+        role: see `ImageSet`.
+        source: see `ImageSet`.
+        examples: images and labels, consumed one at a time.
+        size: side in pixels.
+        mode: L or RGB.
+        classes: names of the classes, recorded in the schema; none for OOD sets.
+        limit: take only the first so many.
+        resize: see `opnp.data.preprocessing.fit`.
+        interpolation: see `opnp.data.preprocessing.fit`.
+
+    Raises:
+        InputError: there are no images.
+    """
+    label = (
+        {"names": classes, "_type": "ClassLabel"}
+        if classes
+        else {"dtype": "int64", "_type": "Value"}
+    )
+    features = {"image": {"_type": "Image"}, "label": label}
+    schema = pa.schema(
+        [("image", IMAGE), ("label", pa.int64())],
+        {"huggingface": json.dumps({"info": {"features": features}})},
+    )
+    labels: Counter[int] = Counter()
+    remaining = islice(examples, limit)
+    count = 0
+    with atomic(path) as temporary:
+        with pq.ParquetWriter(
+            temporary, schema, compression="none", write_page_checksum=True
+        ) as writer:
+            # Fitted one by one: so many photographs in full would not fit in memory.
+            while group := [
+                (png(fit(image, size, mode, resize, interpolation)), y)
+                for image, y in islice(remaining, ROW_GROUP)
+            ]:
+                images = [
+                    {"bytes": data, "path": f"{count + row:08d}.png"}
+                    for row, (data, _) in enumerate(group)
+                ]
+                columns = [pa.array(images, IMAGE), pa.array([y for _, y in group], pa.int64())]
+                writer.write_table(pa.table(columns, schema=schema))
+                labels.update(y for _, y in group)
+                count += len(group)
+        if count == 0:
+            raise InputError(
+                f"The set {path.stem} is empty: {source} gave no images; correct section data."
+            )
+    per_class = {classes[y]: labels[y] for y in sorted(labels)} if classes else {}
+    return ImageSet(role, source, count, per_class, digest(path))
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = BytesIO()
+    # Stored, not deflated: the bytes of a deflated image depend on the zlib that is installed.
+    image.save(buffer, "PNG", compress_level=0)
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """Rows of a Parquet file of images that are read, but not decoded yet.
+
+    Attributes:
+        path: the file.
+        start: the first row.
+        encoded: the images, as PNG or JPEG say.
+        labels: int64 (N,).
+    """
+
+    path: Path | RemoteFile
+    start: int
+    encoded: pa.BinaryArray
+    labels: NDArray[np.int64]
+
+    @property
+    def rows(self) -> range:
+        return range(self.start, self.start + len(self.labels))
+
+    def decode(self, rows: range, mode: str, size: int) -> NDArray[np.uint8]:
+        """Images of some of the rows, uint8 (N, H, W, C).
+
+        Args:
+            rows: of the file, one after the other.
+            mode: L or RGB.
+            size: side in pixels that the backbone wants; other images are cropped and scaled.
+
+        Raises:
+            InputError: an image is damaged.
+        """
+        part = self.encoded.slice(rows.start - self.start, len(rows))
+        images = [
+            np.asarray(fit(decode(data.as_py() or b"", f"Image {row} of {self.path}"), size, mode))
+            for row, data in zip(rows, part, strict=True)
+        ]
+        return np.stack(images).reshape(len(images), size, size, -1)
+
+
+def read(
+    path: Path | RemoteFile, mode: str, size: int, start: int = 0, stop: int | None = None
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Read and decode rows ``start`` to ``stop`` of a Parquet file of images.
+
+    Returns:
+        Images, uint8 (N, H, W, C), and labels, int64 (N,).
+
+    Raises:
+        InputError: as `read_encoded` and `EncodedImages.decode`.
+    """
+    found = read_encoded(path, start, stop)
+    return found.decode(found.rows, mode, size), found.labels
+
+
+def read_encoded(path: Path | RemoteFile, start: int = 0, stop: int | None = None) -> EncodedImages:
+    """Read rows ``start`` to ``stop`` of a Parquet file of images.
+
+    Only the row groups that hold them are read, and of a file in a storage fetched.
+
+    Args:
+        path: the file.
+        start: first row.
+        stop: row after the last; to the end without it.
+
+    Raises:
+        InputError: the file is missing, truncated or holds fewer rows or other columns.
+    """
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            ends = np.cumsum(
+                [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)], dtype=int
+            )
+            total = int(ends[-1]) if len(ends) else 0
+            stop = total if stop is None else stop
+            if stop > total:
+                raise InputError(
+                    f"{path} holds {total} images, not {stop}: run `python -m flows.fetch`."
+                )
+            if start >= stop:
+                raise InputError(f"{path} holds no images: correct section data of params.yaml.")
+            first, last = np.searchsorted(ends, [start, stop - 1], side="right")
+            table = file.read_row_groups(range(first, last + 1), columns=["image.bytes", "label"])
+        encoded = table.column("image").combine_chunks().field("bytes")
+        labels = table.column("label").cast(pa.int64()).to_numpy().copy()
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: run `python -m flows.fetch`.") from None
+    except (OSError, pa.ArrowException, KeyError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        remedy = "run `python -m flows.fetch`" if isinstance(path, Path) else "delete it, run again"
+        raise InputError(f"{path} is damaged ({reason}): {remedy}.") from None
+    offset = int(ends[first - 1]) if first else 0
+    chosen = slice(start - offset, stop - offset)
+    return EncodedImages(path, start, encoded[chosen], labels[chosen])
+
+
+def unit(pixels: NDArray[np.uint8]) -> Tensor:
+    """Images, uint8 (N, H, W, C), as float32 in [0, 1], (N, C, H, W)."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().float() / 255

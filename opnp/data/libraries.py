@@ -1,0 +1,173 @@
+"""Data sets of other libraries: torchvision's, and the OOD collections of pytorch-ood.
+
+Files that are there are used as they are; others are downloaded to `downloads/`, where the machine
+may. The libraries unpack archives: here no member may leave its folder.
+"""
+
+import hashlib
+import inspect
+import tarfile
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from opnp.data.decoding import UNDECODABLE, whole
+from opnp.data.splits import Source, Split
+from opnp.errors import InputError, UnavailableError
+
+__all__ = ["LIBRARIES", "open_collection"]
+
+# The default of Python 3.14; not all of what pytorch-ood unpacks asks for it.
+tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+
+DOWNLOADS = Path("downloads")
+LIBRARIES = ("torchvision", "pytorch-ood")
+
+# What the libraries call their splits, in the order in which they are asked for.
+SPLITS = {
+    "train": ("train", "train-standard"),
+    "validation": ("val", "test"),
+    "test": ("test", "val"),
+}
+# Arguments without which a data set would not be the common one, or would fill the disk.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "INaturalist": {"version": "2021_valid"},
+    "Places365": {"small": True},
+}
+
+
+def open_collection(spec: str, part: str | None = None) -> Source:
+    """Open a data set of another library by name.
+
+    Args:
+        spec: ``torchvision:NAME`` or ``pytorch-ood:NAME``.
+        part: ``train``, ``validation`` or ``test``: of a data set that is divided one split is
+            opened, with labels where they are listed. Without it all is opened, and must be
+            labelled.
+
+    Raises:
+        InputError: there is no such data set, or it has no labels.
+        UnavailableError: its files are not there and could not be downloaded.
+    """
+    library, _, name = spec.partition(":")
+    if library == "pytorch-ood" and part is None:
+        raise InputError(f"{spec} has no labels: take it for an OOD set, not for data.id.")
+    factory = named(library, name)
+    accepted = set(inspect.signature(factory).parameters)
+    sets = {}
+    for each in ("train", "test") if part is None else (part,):
+        split, data = opened(spec, factory, accepted, each)
+        if split == "all":
+            sets = {split: (spec, data)}
+            break
+        sets[each if part is None else split] = (f"{spec}/{split}", data)
+    splits = {
+        split: split_of(data, where, labels_of(data, where, part is None))
+        for split, (where, data) in sets.items()
+    }
+    first = next(iter(sets.values()))[1]
+    classes = getattr(first, "classes", None)
+    if classes is None:  # then they are numbers, as SVHN's digits are
+        classes = range(int(max(split.labels.max(initial=-1) for split in splits.values())) + 1)
+    return Source([str(each) for each in classes], splits)
+
+
+def named(library: str, name: str) -> Any:
+    """The class of a data set.
+
+    Raises:
+        InputError: the library has none of this name that it can download.
+    """
+    if library == "torchvision":
+        from torchvision import datasets as found
+    else:
+        import pytorch_ood.dataset.img as found
+    factory = getattr(found, name, None) if name in found.__all__ else None
+    if factory is None or "download" not in inspect.signature(factory).parameters:
+        near = get_close_matches(name, [n for n in found.__all__ if n[0].isupper()], 1, cutoff=0)
+        raise InputError(
+            f"{library} has no data set {name!r} to download; did you mean `{library}:{near[0]}`?"
+        )
+    return factory
+
+
+def opened(spec: str, factory: Any, accepted: set[str], part: str) -> tuple[str, Any]:
+    """One split of a data set, with its name: from the files that are there, else downloaded."""
+    ours = spec.startswith("torchvision:")
+    root = DOWNLOADS if ours else DOWNLOADS / "pytorch-ood"
+    arguments = ARGUMENTS.get(factory.__name__, {}) if ours else {}
+    choices: list[tuple[str, dict[str, Any]]] = [("all", {})]
+    if "train" in accepted:
+        train = part == "train"
+        choices = [("train" if train else "test", {"train": train})]
+    elif key := next((key for key in ("split", "subset") if key in accepted), None):
+        choices = [(name, {key: name}) for name in SPLITS[part]]
+    for name, chosen in choices:
+        try:
+            try:
+                return name, factory(str(root), **arguments, **chosen)
+            except (OSError, RuntimeError):  # what is not there
+                root.mkdir(parents=True, exist_ok=True)
+                return name, factory(str(root), **arguments, **chosen, download=True)
+        except (TypeError, ValueError, AssertionError) as error:  # no such split
+            refused = error
+        except (OSError, RuntimeError) as error:
+            home = getattr(factory, "url", None) or getattr(factory, "_URL", None)
+            origin = f" from {home}" if isinstance(home, str) else ""
+            reason = " ".join(str(error).split())
+            raise UnavailableError(
+                f"{spec} could not be had{origin} ({reason}): put its files in {root}/ as the "
+                "library keeps them, or name a local folder instead."
+            ) from error
+    raise InputError(f"{spec} cannot be opened as a set of images ({refused}): name another.")
+
+
+def split_of(dataset: Any, where: str, labels: NDArray[np.int64]) -> Split:
+    def name(row: int) -> str:
+        return f"{where}#{row}"
+
+    def load(row: int) -> Image.Image:
+        try:
+            image = dataset[row][0]
+            if not isinstance(image, Image.Image):
+                raise TypeError(f"{type(image).__name__} is no image")
+            return whole(image, name(row))  # some are opened only
+        except InputError:
+            raise
+        except (*UNDECODABLE, TypeError) as error:
+            raise InputError(f"{name(row)} is not a whole image ({error}): remove it.") from None
+
+    def state(row: int) -> object:  # which files it is of, the library alone knows
+        try:
+            image = load(row)
+            return [image.mode, *image.size, hashlib.sha256(image.tobytes()).hexdigest()]
+        except InputError as error:
+            return str(error)
+
+    return Split(labels, load, name, state)
+
+
+def labels_of(dataset: Any, where: str, needed: bool) -> NDArray[np.int64]:
+    """Labels, int64 (N,), without decoding images where the data set lists them somewhere.
+
+    Where they are not needed, and not listed or no numbers, they are −1.
+
+    Raises:
+        InputError: they are needed and no numbers.
+    """
+    none = np.full(len(dataset), -1)
+    try:
+        for name in ("targets", "labels", "_labels"):
+            if len(listed := getattr(dataset, name, ())) == len(dataset):
+                return np.asarray([int(label) for label in listed], np.int64)
+        if not needed:
+            return none
+        return np.asarray([int(dataset[row][1]) for row in range(len(dataset))], np.int64)
+    except (TypeError, ValueError) as error:
+        if not needed:
+            return none
+        raise InputError(f"{where} has no labels of classes ({error}): name another.") from None

@@ -1,0 +1,100 @@
+"""Manifests: tables that list paths of image files, with labels and splits."""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+
+from opnp.data.folders import file_split
+from opnp.data.parquet import IMAGE_COLUMNS, column_names
+from opnp.data.parts import HELD_OUT, divided
+from opnp.data.splits import Source
+from opnp.errors import InputError
+
+
+def is_manifest(path: Path) -> bool:
+    """Whether a Parquet file lists paths and holds no images."""
+    names = column_names(path)
+    return "path" in names and not names & set(IMAGE_COLUMNS)
+
+
+def open_manifest(path: Path, part: str | None) -> Source:
+    """Image files listed in columns ``path`` and ``label``, and ``split`` (train, test) if divided.
+
+    Paths are relative to the manifest. Classes are the labels that occur, numbers in their order.
+
+    Raises:
+        InputError: a column or value is missing, a path leads out of the manifest's folder, or a
+            label occurs in the test split only.
+    """
+    columns = read_manifest(path, ("path", "label") if part is None else ("path",))
+    places = [inside(path, row, place) for row, place in enumerate(columns["path"])]
+    labels = columns.get("label", [""] * len(places))
+    known = set(filter(None, labels))
+    numbers = all(re.fullmatch(r"\d{1,18}", label) for label in known)
+    classes = sorted(known, key=(lambda label: (int(label), label)) if numbers else None)
+    number = {name: label for label, name in enumerate(classes)}
+    rows: dict[str, list[int]] = {}
+    for row, split in enumerate(columns.get("split", ["all"] * len(places))):
+        if split not in ("train", *HELD_OUT) and "split" in columns:
+            raise InputError(
+                f"Row {row} of {path} is of split {split!r}: call splits train and test."
+            )
+        rows.setdefault(split, []).append(row)
+    if not places:
+        raise InputError(f"{path} lists no images: fill it.")
+    found = divided(rows, part) if "split" in columns else rows
+    if "train" in found and part is None:
+        trained = {labels[row] for row in found["train"]}
+        if unknown := sorted({labels[row] for row in found["test"]} - trained):
+            raise InputError(
+                f"{path} has the label {unknown[0]!r} in its test split only: correct it."
+            )
+    splits = {}
+    for split, chosen in found.items():
+        y = [number.get(labels[row], -1) for row in chosen]
+        splits[split] = file_split([places[row] for row in chosen], np.array(y, np.int64))
+    return Source(classes, splits)
+
+
+def read_manifest(path: Path, needed: tuple[str, ...]) -> dict[str, list[str]]:
+    """The columns of a manifest, as text."""
+    try:
+        if path.suffix == ".csv":
+            text = {name: pa.string() for name in ("path", "label", "split")}
+            options = pa.csv.ConvertOptions(column_types=text)
+            table = pa.csv.read_csv(path, convert_options=options)
+        else:
+            table = pq.read_table(path)
+        columns = {
+            name: table.column(name).cast(pa.string()).to_pylist()
+            for name in ("path", "label", "split")
+            if name in table.column_names
+        }
+    except (OSError, pa.ArrowException) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path} is no whole manifest ({reason}): replace it.") from None
+    for name in needed:
+        if name not in columns:
+            raise InputError(f"{path} has no column {name}: add it.")
+        if not all(columns[name]):
+            row = next(row for row, value in enumerate(columns[name]) if not value)
+            raise InputError(f"Row {row} of {path} has no {name}: fill it in.")
+    return columns
+
+
+def inside(manifest: Path, row: int, place: str) -> str:
+    """The path of a manifest's row, which must not lead out of the manifest's folder."""
+    full = os.path.join(manifest.parent, place)  # noqa: PTH118
+    if Path(place).is_absolute() or not Path(full).resolve().is_relative_to(
+        manifest.parent.resolve()
+    ):
+        raise InputError(
+            f"Row {row} of {manifest} is {place}, which leads out of {manifest.parent}/: put the "
+            "manifest above all its images, and write paths relative to it."
+        )
+    return full

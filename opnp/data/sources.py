@@ -1,0 +1,147 @@
+"""Where images come from: a name of what ships with the libraries, of a data set of theirs, or the
+path of a user's own files.
+
+A source yields (image, label) pairs, one at a time; everything random in it is drawn from a
+generator seeded by the run's seed and the source's name, so that it never depends on other sources.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from opnp.data import generated
+from opnp.data.files import open_files
+from opnp.data.libraries import LIBRARIES, open_collection
+from opnp.data.splits import Example, Source, Split, Unreadable
+from opnp.errors import InputError, MissingError
+from opnp.runtime.seeds import generator
+
+__all__ = ["HOMES", "open_id", "open_ood", "open_part", "require"]
+
+HOMES = {
+    "downloads/imagenet": "https://image-net.org/download",
+    "downloads/imagenet200": "https://image-net.org/download",
+    "downloads/inaturalist": "https://github.com/deeplearning-wisc/large_scale_ood",
+    "downloads/sun": "https://github.com/deeplearning-wisc/large_scale_ood",
+    "downloads/places": "https://github.com/deeplearning-wisc/large_scale_ood",
+    "downloads/isun": "https://github.com/facebookresearch/odin",
+    "downloads/openood": "https://github.com/Jingkang50/OpenOOD",
+}
+"""Where the files are had that the presets want in `downloads/`."""
+
+
+def require(spec: str, parameter: str) -> None:
+    """See that a file or folder that ``parameter`` names is there, before any long work.
+
+    Raises:
+        MissingError: it is not; the sentence says where it is had, if that is known.
+    """
+    if is_path(spec) and not Path(spec).exists():
+        home = next((page for at, page in HOMES.items() if Path(spec).is_relative_to(at)), None)
+        remedy = f"get it from {home}" if home else "put it there, or name another"
+        raise MissingError(f"{parameter} is {spec}, which is not there: {remedy}.")
+
+
+def is_path(spec: str) -> bool:
+    """Whether a spec is surely a path, not a misspelt name."""
+    return ":" not in spec and ("/" in spec or Path(spec).suffix in (".csv", ".parquet"))
+
+
+def open_id(spec: str) -> Source:
+    """Open a source of labelled in-distribution images.
+
+    Args:
+        spec: ``digits`` (scikit-learn); ``torchvision:NAME`` (downloaded to ``downloads/``); or the
+            path of a folder of images in folders named like classes, of Parquet files in Hugging
+            Face layout or of IDX files, of one such Parquet file, or of a manifest.
+
+    Returns:
+        Class names, and the splits the source comes with: ``train`` and ``test``, or ``all`` where
+        it is not divided.
+
+    Raises:
+        InputError: there is no such source, or its files are missing or broken.
+    """
+    if spec == "digits":
+        images, labels = zip(*generated.scanned_digits(), strict=True)
+        split = Split(
+            np.array(labels),
+            images.__getitem__,
+            lambda row: f"digits#{row}",
+            lambda row: "as scikit-learn ships them",
+        )
+        return Source([str(digit) for digit in range(10)], {"all": split})
+    if spec.partition(":")[0] in LIBRARIES:
+        return open_collection(spec)
+    require(spec, "data.id")
+    if Path(spec).exists():
+        return open_files(Path(spec))
+    raise InputError(
+        f"data.id is {spec!r}, which is neither `digits`, `torchvision:NAME` nor a file or folder "
+        "of images: correct it."
+    )
+
+
+def open_part(spec: str, part: str, asked: str = "") -> Source:
+    """Open one part of a source; images have labels, and the source classes, where it has any.
+
+    Args:
+        spec: ``torchvision:NAME``, ``pytorch-ood:NAME``, one image, or a path as `open_id` takes,
+            where a folder may hold images in any folders.
+        part: ``train``, ``validation`` or ``test``, see `opnp.data.parts`; of a source that is
+            not divided all is taken.
+        asked: the option that names it, for the error message.
+
+    Raises:
+        InputError: there is no such source, or its files are missing or broken.
+    """
+    if spec.partition(":")[0] in LIBRARIES:
+        return open_collection(spec, part)
+    if not Path(spec).exists():
+        raise MissingError(
+            f"{asked} {spec} is neither a file nor a folder, `torchvision:NAME` nor "
+            "`pytorch-ood:NAME`: correct it.".strip()
+        )
+    return open_files(Path(spec), part)
+
+
+def open_ood(
+    spec: str, size: int, seed: int, unreadable: Unreadable | None = None
+) -> Iterator[Example]:
+    """Open a source of images from outside the distribution; labels are −1.
+
+    Args:
+        spec: ``letters``, ``photo-patches``, ``noise`` or ``digits``; ``torchvision:NAME`` or
+            ``pytorch-ood:NAME``; or a path as `open_id` takes, where a folder may hold images in
+            any folders. Of a source that is divided, the test split is taken.
+        size: side in pixels of the images that are made, not read.
+        seed: the run's seed.
+        unreadable: takes the images that cannot be decoded; without it the first is an error.
+
+    Raises:
+        InputError: there is no such source, or its files are missing or broken.
+    """
+    rng = generator(seed, spec)
+    match spec:
+        case "letters":
+            yield from generated.rendered_letters(size, rng)
+        case "photo-patches":
+            yield from generated.photo_patches(rng)
+        case "noise":
+            yield from generated.noise(size, rng)
+        case _:
+            [split] = (open_id(spec) if spec == "digits" else outside(spec)).splits.values()
+            for image, _ in split.examples(rng.permutation(len(split)), unreadable):
+                yield image, -1
+
+
+def outside(spec: str) -> Source:
+    """The test part of an OOD source, which must be there."""
+    require(spec, "The OOD source")
+    if spec.partition(":")[0] not in LIBRARIES and not Path(spec).exists():
+        raise InputError(
+            f"OOD source {spec!r} is neither a known name (letters, photo-patches, noise, digits, "
+            "torchvision:NAME, pytorch-ood:NAME) nor an existing file or folder: correct it."
+        )
+    return open_part(spec, "test")

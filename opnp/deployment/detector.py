@@ -1,0 +1,350 @@
+"""Detectors as folders: a classifier, its pruned head, and the score above which an image is OOD.
+
+A folder holds all that scoring needs, and nothing that could run code: tensors as safetensors,
+everything else as JSON, with the SHA-256 of each file.
+
+    detector.json             what it is and how it was made
+    model.safetensors         the whole classifier's weights, unpruned
+    head.safetensors          the pruned head: the mask is folded into its weights
+    mask.safetensors          which weights and neurons stay
+    sensitivity.safetensors   what the mask was chosen by
+
+Scores are outlier scores, the energy −T·logsumexp(f/T) of the pruned head: **larger means OOD**. An
+image is OOD if its score is above the threshold, which accepts a chosen share of ID validation
+images. The head is as large as the unpruned one, so that scoring costs no more than classifying.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import islice
+from math import inf
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from opnp.backbones.backbone import Backbone, load_backbone, save_backbone
+from opnp.backbones.libraries import is_factory
+from opnp.data.imagesets import unit
+from opnp.deployment.scorer import Scorer, Scores, opened, together
+from opnp.deployment.threshold import Threshold
+from opnp.errors import InputError
+from opnp.pruning.candidates import Candidate
+from opnp.pruning.energy import check_head
+from opnp.pruning.masks import PruningMask
+from opnp.pruning.sensitivity import Sensitivity
+from opnp.runtime import tensors
+from opnp.runtime.files import atomic_folder, digest, read_json, write_json
+
+__all__ = ["SavedDetector", "check_place", "load"]
+
+
+ABOUT = "detector.json"
+MODEL, HEAD, MASK = "model.safetensors", "head.safetensors", "mask.safetensors"
+SENSITIVITY = "sensitivity.safetensors"
+FILES = (MODEL, HEAD, MASK, SENSITIVITY)
+SENSITIVITIES = ("weights", "neurons_mean", "neurons_gradient", "neurons_taylor")
+FORMAT = 2
+
+LIBRARIES = ("opnp", "torch", "torchvision", "numpy", "pillow")
+
+
+@dataclass(frozen=True, eq=False)
+class SavedDetector:
+    """A classifier that knows what it does not know; `opnp.load` reads one from its folder.
+
+    Attributes:
+        backbone: the classifier, unpruned, with its preprocessing and its classes.
+        mask: of its head.
+        candidate: the percentages that made the mask, the clip and the temperature.
+        sensitivity: at that clip and temperature, of the unpruned head.
+        threshold: above which an image is OOD.
+        made: how it was made: data, search, versions, time.
+        digest: SHA-256 of what the folder says of itself, the digests of its files included, but
+            not when it was made, so that the same is the same; empty until it is saved.
+    """
+
+    backbone: Backbone
+    mask: PruningMask
+    candidate: Candidate
+    sensitivity: Sensitivity
+    threshold: Threshold
+    made: dict[str, Any]
+    digest: str = ""
+    scorer: Scorer = field(init=False)
+
+    def __post_init__(self) -> None:
+        backbone, classifier = self.backbone, self.backbone.classifier
+        head = self.mask.apply(classifier.head)
+        check_head(head.weight[:0], head.weight, head.bias)
+        if len(backbone.classes) != head.out_features:
+            raise InputError(
+                f"The model has {head.out_features} classes, and {len(backbone.classes)} names of "
+                "classes are given: give one for each."
+            )
+        temperature, clip = self.candidate.temperature, self.candidate.clip
+        scorer = Scorer(backbone.preprocessing, classifier.encoder, head, temperature, clip)
+        object.__setattr__(self, "scorer", scorer.eval().requires_grad_(False))
+
+    @classmethod
+    def of(
+        cls,
+        backbone: Backbone,
+        mask: PruningMask,
+        candidate: Candidate,
+        sensitivity: Sensitivity,
+        features: Tensor,
+        made: dict[str, Any],
+        accept: float = 95.0,
+        seed: int = 0,
+    ) -> Self:
+        """A detector whose threshold accepts ``accept`` % of ID validation features (N, L)."""
+        everything = Threshold(inf, 100.0, inf, inf, 0)
+        open_gate = cls(backbone, mask, candidate, sensitivity, everything, made)
+        scores = torch.from_numpy(open_gate.predict_features(features).score)
+        return replace(open_gate, threshold=Threshold.of(scores, accept, seed=seed))
+
+    @property
+    def device(self) -> torch.device:
+        return self.scorer.head.weight.device
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move the model to a device."""
+        self.backbone.classifier.to(device)
+        self.scorer.to(device)
+        return self
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Scores:
+        """Score preprocessed images, in [0, 1] and not normalized yet, float32 (N, C, H, W).
+
+        Raises:
+            InputError: shape, type or range of values are not what the model's preprocessing gives.
+        """
+        self.check_images(images)
+        return self.scores_of(*self.scorer(images.to(self.device)))
+
+    def check_images(self, images: Tensor) -> None:
+        """Refuse images that were not preprocessed as this model's must be."""
+        stated = self.backbone.preprocessing
+        wanted = (stated.channels, stated.size, stated.size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
+            raise InputError(
+                f"The detector takes images (N, {', '.join(map(str, wanted))}), not "
+                f"{tuple(images.shape)}: preprocess them as `describe()` states."
+            )
+        if not images.is_floating_point() or (
+            images.numel() and not (images.min() >= 0 and images.max() <= 1)
+        ):
+            raise InputError(
+                "The detector takes float images in [0, 1], before normalization, which it does "
+                "itself: divide bytes by 255, and do not normalize."
+            )
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Penultimate features (N, L), not clipped, of images as `predict` takes them."""
+        self.check_images(images)
+        return self.scorer.features(images.to(self.device))
+
+    @torch.no_grad()
+    def predict_features(self, features: Tensor) -> Scores:
+        """Score penultimate features (N, L), not clipped."""
+        return self.scores_of(*self.scorer.judged(features.to(self.device)))
+
+    def scores_of(self, logits: Tensor, scores: Tensor) -> Scores:
+        score, label = scores.float().cpu().numpy(), logits.argmax(dim=1).cpu().numpy()
+        classes = self.backbone.classes
+        predicted = [classes[each] for each in label]
+        return Scores(score, self.threshold.is_ood(score), label, predicted)
+
+    def score(self, images: Sequence[Image.Image | str | Path], batch_size: int = 64) -> Scores:
+        """Preprocess and score images, given as Pillow's or as paths of files.
+
+        Raises:
+            InputError: there are none, or one cannot be read.
+        """
+        parts = []
+        remaining = iter(images)
+        while batch := list(islice(remaining, batch_size)):
+            pixels = np.stack([self.backbone.preprocessing.pixels(opened(each)) for each in batch])
+            parts.append(self.predict(unit(pixels)))
+        if not parts:
+            raise InputError("There are no images to score: give at least one.")
+        return together(parts)
+
+    def describe(self) -> dict[str, Any]:
+        """What it is and how it was made, as JSON has it."""
+        weight = self.scorer.head.weight
+        return {
+            "digest": self.digest,
+            "model": self.backbone.spec,
+            "classes": list(self.backbone.classes),
+            "features": weight.shape[1],
+            "preprocessing": self.backbone.preprocessing.as_json(),
+            "score": {
+                "name": "energy of the pruned head",
+                "larger_means": "OOD",
+                "temperature": self.candidate.temperature,
+                "clip": self.candidate.clip,
+            },
+            "threshold": asdict(self.threshold),
+            "mask": self.candidate.record()
+            | {"pruned": 100 * self.mask.pruned, "training_images": self.sensitivity.count},
+            "made": self.made,
+        }
+
+    def save(self, folder: Path | str, overwrite: bool = False) -> Self:
+        """Write the folder, whole or not at all, and return the detector with its digest.
+
+        Args:
+            folder: where.
+            overwrite: replace the detector that is there.
+
+        Raises:
+            InputError: something is there already, or the disk is full.
+        """
+        folder = Path(folder)
+        check_place(folder, overwrite)
+        sensitivity = {name: getattr(self.sensitivity, name) for name in SENSITIVITIES}
+        head = self.scorer.head
+        with atomic_folder(folder) as temporary:
+            save_backbone(temporary / MODEL, self.backbone)
+            tensors.save(temporary / HEAD, {"weight": head.weight, "bias": head.bias}, {})
+            self.mask.save(temporary / MASK)
+            tensors.save(temporary / SENSITIVITY, sensitivity, {"count": self.sensitivity.count})
+            about = {name: value for name, value in self.describe().items() if name != "digest"}
+            about = {"opnp_detector": FORMAT, **about}
+            about["files"] = {name: digest(temporary / name) for name in FILES}
+            write_json(temporary / ABOUT, {"digest": digest_of(about), **about})
+        return replace(self, digest=digest_of(about))
+
+
+def digest_of(about: dict[str, Any]) -> str:
+    """SHA-256 of JSON, whatever its order and spaces, and whenever what it describes was made."""
+    made = about.get("made")
+    if isinstance(made, dict):
+        about = about | {"made": {key: value for key, value in made.items() if key != "at"}}
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
+def check_place(folder: Path, overwrite: bool) -> None:
+    """Refuse to write a detector where something else is.
+
+    Raises:
+        InputError: the folder is not empty, and is no detector or one that must stay.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / ABOUT).is_file()):
+        raise InputError(f"{folder} exists and is no detector: name another place for it.")
+    if any(folder.iterdir()) and not overwrite:
+        raise InputError(f"{folder} holds a detector already: name another place, or overwrite it.")
+
+
+def provenance() -> dict[str, Any]:
+    """When and with what something was made."""
+    return {
+        "at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version()}
+        | {library: version(library) for library in LIBRARIES},
+    }
+
+
+def load(
+    folder: Path | str, device: torch.device | str = "cpu", trust: str | None = None
+) -> SavedDetector:
+    """Read the detector that a folder holds, after a look at whether it is whole.
+
+    A folder never chooses the code that runs: if its model is a factory of the user's, that must be
+    the one its reader names.
+
+    Args:
+        folder: made by `opnp fit`, or by `SavedDetector.save`.
+        device: where it is to run.
+        trust: the ``package.module:factory`` that may be imported and called.
+
+    Raises:
+        InputError: the folder is missing, damaged or foreign, or its model's code is not trusted.
+    """
+    folder = Path(folder)
+    if not (folder / ABOUT).is_file():
+        raise InputError(f"{folder} is no detector ({ABOUT} is missing): make one with `opnp fit`.")
+    about = read_json(folder / ABOUT, "opnp fit")
+    if not isinstance(about, dict) or about.get("opnp_detector") != FORMAT:
+        raise InputError(
+            f"{folder / ABOUT} describes no detector of format {FORMAT}: make it again with this "
+            "version's `opnp fit`."
+        )
+    check_whole(folder, about)
+    again = "make it again"
+    try:
+        name, score = about["model"]["name"], about["score"]
+        if is_factory(name) and name != trust:
+            raise InputError(
+                f"{folder} wants to run the code of {name}: name it yourself (--trust {name}, or "
+                f"trust={name!r}), if you trust it."
+            )
+        backbone = load_backbone(folder / MODEL, trust)
+        candidate = Candidate.stated({**about["mask"], **score, "threshold": score["clip"]})
+        sums, stated = tensors.load(folder / SENSITIVITY, again)
+        detector = SavedDetector(
+            backbone,
+            PruningMask.load(folder / MASK),
+            candidate,
+            Sensitivity(
+                weights=sums["weights"],
+                neurons_mean=sums["neurons_mean"],
+                neurons_gradient=sums["neurons_gradient"],
+                neurons_taylor=sums["neurons_taylor"],
+                count=stated["count"],
+                temperature=candidate.temperature,
+                clip=candidate.clip,
+            ),
+            Threshold(**about["threshold"]),
+            about["made"],
+            about["digest"],
+        )
+        head, _ = tensors.load(folder / HEAD, again)
+        weight, bias = head["weight"], head["bias"]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder} lacks something ({error}): {again}.") from None
+    pruned = detector.scorer.head
+    if not (torch.equal(weight, pruned.weight) and torch.equal(bias, pruned.bias)):
+        raise InputError(f"{folder / HEAD} is not its model's head, pruned: {again}.")
+    described = detector.describe()
+    if digest_of(described) != digest_of({key: about.get(key) for key in described}):
+        raise InputError(f"{folder / ABOUT} is not what its files say: {again}.")
+    return detector.to(device)
+
+
+def check_whole(folder: Path, about: dict[str, Any]) -> None:
+    """Compare a folder with the digests it states.
+
+    Raises:
+        InputError: a file is missing or has changed, or the description has.
+    """
+    files = about.get("files")
+    said = {name: value for name, value in about.items() if name != "digest"}
+    if about.get("digest") != digest_of(said) or not isinstance(files, dict):
+        raise InputError(
+            f"{folder / ABOUT} has been changed since it was written: copy the detector again, or "
+            "make it again."
+        )
+    for name in FILES:
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"{path} is missing: copy the detector again, or make it again.")
+        if digest(path) != files.get(name):
+            raise InputError(
+                f"{path} is damaged or of another detector (its SHA-256 is not the one in {ABOUT}):"
+                " copy the detector again, or make it again."
+            )

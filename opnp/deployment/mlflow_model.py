@@ -1,0 +1,273 @@
+"""Detectors as MLflow models: image bytes in, scores out, over HTTP or in Python.
+
+An MLflow model is a folder with the detector's folder, the code of `opnp` and, where the model is
+a factory of the user's, its code; nothing in it is pickled. MLflow imports this module from it and
+calls `_load_pyfunc`.
+
+A request has a row for each image, with the encoded image in the column ``image``: bytes, in JSON
+as base64. What is too much is refused before anything is decoded.
+"""
+
+import base64
+import binascii
+from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+import opnp
+from opnp.data.decoding import UNDECODABLE, decode
+from opnp.deployment.detector import SavedDetector
+from opnp.deployment.detector import load as load_detector
+from opnp.errors import InputError
+
+__all__ = ["Limits", "Served", "limited", "save", "serve"]
+
+REQUIREMENTS = (
+    "mlflow", "torch", "torchvision", "numpy", "pandas", "pyarrow", "pillow", "safetensors",
+    "scikit-learn", "pydantic", "pyyaml", "rich", "fsspec", "filelock", "fastapi", "uvicorn",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may hold.
+
+    Attributes:
+        images: how many.
+        bytes: of one encoded image.
+        pixels: of one image, as its header states them.
+    """
+
+    images: int = 64
+    bytes: int = 20_000_000
+    pixels: int = 50_000_000
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not isinstance(value, int) or value < 1:
+                raise InputError(f"The limit {name} must be a positive whole number, not {value}.")
+
+
+class Served:
+    """What MLflow calls: a detector that takes encoded images."""
+
+    def __init__(self, detector: SavedDetector, limits: Limits):
+        self.detector = detector
+        self.limits = limits
+
+    def predict(self, model_input: Any, params: dict[str, Any] | None = None) -> Any:
+        """Score encoded images.
+
+        Args:
+            model_input: a data frame with the column ``image``, of bytes or base64.
+            params: none are known.
+
+        Returns:
+            A data frame with ``score`` (larger means OOD), ``is_ood`` and ``predicted``, a row for
+            each image.
+
+        Raises:
+            mlflow.exceptions.MlflowException: the request is at fault; a server answers 400.
+        """
+        import pandas as pd
+        from mlflow.exceptions import MlflowException
+
+        try:
+            found = self.detector.score(self.opened(list(model_input["image"])))
+        except InputError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from None
+        return pd.DataFrame(
+            {
+                "score": found.score.astype("float64"),
+                "is_ood": found.is_ood,
+                "predicted": found.predicted,
+            }
+        )
+
+    def opened(self, images: Sequence[Any]) -> list[Image.Image]:
+        """Decode images, after a look at how many, how long and how large they all are."""
+        limits = self.limits
+        if not images:
+            raise InputError("There are no images to score: give at least one.")
+        if len(images) > limits.images:
+            raise InputError(
+                f"A request of {len(images)} images has more than the {limits.images} allowed."
+            )
+        whole = [as_bytes(image, f"image {row}") for row, image in enumerate(images)]
+        for row, data in enumerate(whole):
+            if len(data) > limits.bytes:
+                raise InputError(
+                    f"image {row} is of {len(data)} bytes, more than the {limits.bytes} it may be."
+                )
+            check_pixels(data, f"image {row}", limits.pixels)
+        return [decode(data, f"image {row}") for row, data in enumerate(whole)]
+
+
+def as_bytes(image: Any, where: str) -> bytes:
+    if isinstance(image, str):
+        try:
+            return base64.b64decode(image, validate=True)
+        except (binascii.Error, ValueError):
+            raise InputError(f"{where} is neither bytes nor base64.") from None
+    if not isinstance(image, bytes | bytearray):
+        raise InputError(f"{where} is neither bytes nor base64.")
+    return bytes(image)
+
+
+def check_pixels(data: bytes, where: str, most: int) -> None:
+    """Refuse an image by what its header states."""
+    try:
+        width, height = Image.open(BytesIO(data)).size
+    except (*UNDECODABLE, Warning) as error:
+        raise InputError(f"{where} is not a whole image ({error}).") from None
+    if width * height > most:
+        raise InputError(f"{where} is of {width} × {height} pixels, more than the {most} allowed.")
+
+
+def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> Served:
+    """Read a detector for MLflow, which calls this by its name.
+
+    Args:
+        path: the detector's folder.
+        model_config: `Limits`, and ``trust``: the user's factory that was trusted when the model
+            was logged, whose code lies beside the detector.
+    """
+    config = dict(model_config or {})
+    trust = config.pop("trust", None)
+    return Served(load_detector(path, trust=trust), Limits(**config))
+
+
+def save(detector: Path, path: Path, trust: str | None = None, **kwargs: Any) -> SavedDetector:
+    """Write a detector's folder as an MLflow model.
+
+    Args:
+        detector: its folder.
+        path: the model's folder.
+        trust: the ``package.module:factory`` that may run, if its model is one.
+        kwargs: for `mlflow.pyfunc.save_model`.
+
+    Raises:
+        InputError: the detector's folder is damaged, or its model's code is not trusted.
+    """
+    from mlflow import pyfunc
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+
+    loaded = load_detector(detector, trust=trust)
+    config: dict[str, Any] = asdict(Limits()) | ({"trust": trust} if trust else {})
+    columns = {"score": DataType.double, "is_ood": DataType.boolean, "predicted": DataType.string}
+    pyfunc.save_model(
+        str(path),
+        loader_module="opnp.deployment.mlflow_model",
+        data_path=str(detector),
+        code_paths=code(trust),
+        model_config=config,
+        signature=ModelSignature(
+            Schema([ColSpec(DataType.binary, "image")]),
+            Schema([ColSpec(of, name) for name, of in columns.items()]),
+        ),
+        input_example=example(loaded),
+        pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],
+        **kwargs,
+    )
+    return loaded
+
+
+def code(trust: str | None) -> list[str]:
+    """The code that scoring needs: this package, and a factory's package or file."""
+    paths = [str(Path(str(opnp.__file__)).parent)]
+    if trust:
+        found = find_spec(trust.partition(":")[0].partition(".")[0])
+        if found is None or found.origin is None:
+            raise InputError(f"The code of {trust} is in no file: install it where it is served.")
+        file = Path(found.origin)
+        if "site-packages" not in file.parts:  # what is installed is installed where it is served
+            paths.append(str(file.parent if found.submodule_search_locations else file))
+    return paths
+
+
+def example(detector: SavedDetector) -> Any:
+    """One grey image, as a data frame."""
+    import pandas as pd
+
+    preprocessing = detector.backbone.preprocessing
+    grey, file = Image.new(preprocessing.mode, (preprocessing.size,) * 2, "grey"), BytesIO()
+    grey.save(file, "png")
+    return pd.DataFrame({"image": [file.getvalue()]})
+
+
+# over HTTP --------------------------------------------------------------------------------------
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Message, Receive, Send], Awaitable[None]]
+
+
+def limited(application: Application, most: int) -> Application:
+    """The application, with requests refused (413) whose body is of more than ``most`` bytes.
+
+    MLflow's server reads a body whole, whatever its size, before the model sees it.
+    """
+
+    async def refuse(send: Send) -> None:
+        text = f'{{"error_code": "BAD_REQUEST", "message": "A request may be of {most} bytes."}}'
+        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+        await send({"type": "http.response.start", "status": 413, "headers": headers})
+        await send({"type": "http.response.body", "body": text.encode()})
+
+    async def call(scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await application(scope, receive, send)
+        stated = dict(scope["headers"]).get(b"content-length", b"0")
+        if not stated.isdigit() or int(stated) > most:
+            return await refuse(send)
+        # All of it is read here: the application would take an error of ours for its own.
+        parts: list[Message] = []
+        size, more = 0, True
+        while more:
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > most:
+                return await refuse(send)
+            parts.append(message)
+            more = message.get("more_body", False)
+
+        async def again() -> Message:
+            return parts.pop(0) if parts else await receive()
+
+        return await application(scope, again, send)
+
+    return call
+
+
+def serve(uri: str, host: str, port: int, most: int) -> None:
+    """Answer MLflow's protocol over HTTP until stopped.
+
+    Args:
+        uri: of an MLflow model.
+        host: 127.0.0.1 keeps it to this machine.
+        port: where it listens.
+        most: bytes of a request.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    import uvicorn
+    from mlflow import pyfunc
+    from mlflow.exceptions import MlflowException
+    from mlflow.pyfunc import scoring_server
+
+    try:
+        model = pyfunc.load_model(uri)
+    except MlflowException as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{uri} cannot be served ({reason}): correct its name.") from None
+    application: Any = limited(scoring_server.init(model), most)
+    uvicorn.run(application, host=host, port=port)

@@ -1,0 +1,196 @@
+"""Scoring images with a detector: a table of scores, and metrics over sets of images."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from opnp.data.images import Batch, Images
+from opnp.data.imagesets import unit
+from opnp.deployment.detector import SavedDetector
+from opnp.errors import InputError
+from opnp.metrics.bootstrap import weighted_metrics
+from opnp.metrics.separation import METRICS
+from opnp.pruning.energy import energy_score
+from opnp.runtime.files import atomic
+from opnp.runtime.progress import track
+
+__all__ = ["Summary", "evaluate", "score"]
+
+SCHEMA = pa.schema(
+    [
+        ("file", pa.string()),
+        ("score", pa.float32()),
+        ("is_ood", pa.bool_()),
+        ("predicted", pa.string()),
+    ]
+)
+
+
+@dataclass
+class Summary:
+    """What scoring some images came to.
+
+    Attributes:
+        images: that were scored.
+        ood: of these, above the threshold.
+        unreadable: images that could not be read, each with the reason.
+    """
+
+    images: int = 0
+    ood: int = 0
+    unreadable: list[str] = field(default_factory=list)
+
+    @property
+    def flagged(self) -> float:
+        """Percent of the scored images that are OOD."""
+        return 100 * self.ood / self.images
+
+
+def score(detector: SavedDetector, images: Images, out: Path, batch_size: int = 64) -> Summary:
+    """Write the scores of images as Parquet: file (or file#row), score, is_ood, predicted class.
+
+    Images that cannot be read are left out, counted and named; memory is that of a few batches.
+
+    Raises:
+        InputError: no image can be read, or the disk is full.
+    """
+    summary = Summary()
+    origin = {"detector": detector.digest, "threshold": str(detector.threshold.value)}
+    with atomic(out) as temporary:
+        with pq.ParquetWriter(temporary, SCHEMA.with_metadata(origin), compression="zstd") as file:
+            for batch in batches(detector, images, batch_size, "score"):
+                summary.unreadable += map(str, batch.lost.values())
+                if batch.rows:
+                    scores = detector.predict(unit(np.stack(batch.pixels)))
+                    names = [images.name(row) for row in batch.rows]
+                    columns = [names, scores.score, scores.is_ood, scores.predicted]
+                    file.write_batch(pa.record_batch(columns, schema=file.schema))
+                    summary.images += len(scores)
+                    summary.ood += int(scores.is_ood.sum())
+        if not summary.images:
+            raise InputError(f"No image of {images.source} can be read: {summary.unreadable[0]}")
+    return summary
+
+
+def batches(detector: SavedDetector, images: Images, size: int, what: str) -> Iterator[Batch]:
+    """All images in batches, with progress."""
+    found = images.batches(detector.backbone.preprocessing, range(len(images)), size)
+    return track(found, f"{what} (batches of {size})", -(-len(images) // size))
+
+
+@dataclass
+class Judged:
+    """A set of images as a detector and the unpruned model's energy see them.
+
+    Attributes:
+        rows: of the images that could be read.
+        scores: of the detector, float32 (N,).
+        energy: −logsumexp of the unpruned logits, float32 (N,).
+        label: the class that the detector predicts, (N,).
+        label_unpruned: the class that the unpruned model predicts, (N,).
+        unreadable: the images that could not be read, each with the reason.
+    """
+
+    rows: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    energy: NDArray[np.float32]
+    label: NDArray[np.int64]
+    label_unpruned: NDArray[np.int64]
+    unreadable: list[str]
+
+
+@torch.no_grad()
+def judge(detector: SavedDetector, images: Images, size: int, what: str) -> Judged:
+    parts: list[tuple[NDArray[Any], ...]] = []
+    rows: list[int] = []
+    unreadable: list[str] = []
+    head = detector.backbone.classifier.head
+    for batch in batches(detector, images, size, what):
+        unreadable += map(str, batch.lost.values())
+        if batch.rows:
+            rows += batch.rows
+            features = detector.features(unit(np.stack(batch.pixels)))
+            scores, logits = detector.predict_features(features), head(features)
+            energy, label = -energy_score(logits), logits.argmax(dim=1)
+            parts.append((scores.score, energy.cpu().numpy(), scores.label, label.cpu().numpy()))
+    if not rows:
+        raise InputError(f"No image of {images.source} can be read: {unreadable[0]}")
+    scored, energies, labels, unpruned = map(np.concatenate, zip(*parts, strict=True))
+    return Judged(np.array(rows), scored, energies, labels, unpruned, unreadable)
+
+
+def evaluate(
+    detector: SavedDetector, inside: Images, outside: Mapping[str, Images], batch_size: int = 64
+) -> dict[str, Any]:
+    """How well the detector, and beside it the unpruned model's energy, tells OOD sets from ID.
+
+    Args:
+        detector: what is judged.
+        inside: ID images it has not seen; labelled, if accuracy is asked for.
+        outside: OOD sets by name.
+        batch_size: images that go through the model at once.
+
+    Returns:
+        ``id`` (share flagged OOD, accuracy with and without pruning, None without labels), ``ood``
+        (for each set the share flagged, the metrics of `opnp.metrics`, and the same metrics
+        of ``energy``) and ``mean`` over the sets; all in percent.
+
+    Raises:
+        InputError: a set has no image that can be read, there is no OOD set, or only some of the
+            ID images are of the model's classes.
+    """
+    if not outside:
+        raise InputError("An evaluation needs an OOD set: give --ood NAME=PATH.")
+    labels = inside.labels(detector.backbone.classes)
+    known = judge(detector, inside, batch_size, "ID images")
+    flagged = detector.threshold.is_ood
+    accuracies: list[float | None] = [None, None]
+    if labels is not None:
+        truth = labels[known.rows]
+        accuracies = [100 * float((p == truth).mean()) for p in (known.label, known.label_unpruned)]
+    sets = {}
+    for name, images in outside.items():
+        found = judge(detector, images, batch_size, name)
+        sets[name] = {
+            **of_set(images, found),
+            "flagged": 100 * float(flagged(found.scores).mean()),
+            **separation(known.scores, found.scores),
+            "energy": separation(known.energy, found.energy),
+        }
+    shared = ("flagged", *METRICS)
+    return {
+        "detector": detector.digest,
+        "threshold": asdict(detector.threshold),
+        "id": {
+            **of_set(inside, known),
+            "flagged": 100 * float(flagged(known.scores).mean()),
+            "accuracy": accuracies[0],
+            "accuracy_unpruned": accuracies[1],
+        },
+        "ood": sets,
+        "mean": {name: fmean(of[name] for of in sets.values()) for name in shared}
+        | {"energy": {m: fmean(of["energy"][m] for of in sets.values()) for m in METRICS}},
+    }
+
+
+def of_set(images: Images, found: Judged) -> dict[str, Any]:
+    return {
+        "source": images.source,
+        "images": len(found.rows),
+        "unreadable": found.unreadable,
+    }
+
+
+def separation(inside: NDArray[np.float32], outside: NDArray[np.float32]) -> dict[str, float]:
+    """The metrics of `opnp.metrics.separation.ood_metrics`, without the wait for its library."""
+    once = [np.ones((1, len(scores)), np.int64) for scores in (inside, outside)]
+    found = weighted_metrics(inside.astype(np.float64), outside.astype(np.float64), *once)
+    return {name: float(value[0]) for name, value in found.items()}

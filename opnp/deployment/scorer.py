@@ -1,0 +1,101 @@
+"""A detector as one module, from images to logits and outlier scores."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor, nn
+
+from opnp.data.decoding import decode
+from opnp.data.preprocessing import Preprocessing
+from opnp.errors import InputError
+from opnp.pruning.energy import energy_score
+
+__all__ = ["Scorer", "Scores"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a detector says of N images.
+
+    Attributes:
+        score: outlier scores, float32 (N,); larger means OOD.
+        is_ood: score above the threshold, bool (N,).
+        label: class of the greatest logit of the pruned head, int64 (N,).
+        predicted: its name.
+    """
+
+    score: NDArray[np.float32]
+    is_ood: NDArray[np.bool_]
+    label: NDArray[np.int64]
+    predicted: list[str]
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+
+class Scorer(nn.Module):
+    """From images to logits and outlier scores, as one module, which `opnp export` writes.
+
+    Args:
+        preprocessing: of which only the normalization happens here.
+        encoder: maps normalized images to features (N, L).
+        head: pruned already.
+        temperature: T of the energy.
+        clip: features are clipped at this value from above first; None: not.
+    """
+
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        encoder: nn.Module,
+        head: nn.Linear,
+        temperature: float,
+        clip: float | None,
+    ):
+        super().__init__()
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(preprocessing, name), dtype=torch.float32)
+            self.register_buffer(name, values[:, None, None])
+        self.encoder = encoder
+        self.head = head
+        self.temperature = temperature
+        self.clip = clip
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (N, K) and outlier scores (N,) of images in [0, 1], float32 (N, C, H, W)."""
+        return self.judged(self.features(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Penultimate features (N, L), not clipped, of images in [0, 1]."""
+        normalized = (images - self.get_buffer("mean")) / self.get_buffer("std")
+        features: Tensor = self.encoder(normalized)
+        return features
+
+    def judged(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (N, K) and outlier scores (N,) of features (N, L)."""
+        seen = features if self.clip is None else features.clamp(max=self.clip)
+        logits = self.head(seen)
+        return logits, -energy_score(logits, self.temperature)
+
+
+def opened(image: Image.Image | str | Path) -> Image.Image:
+    if isinstance(image, Image.Image):
+        return image
+    try:
+        return decode(Path(image).read_bytes(), str(image))
+    except OSError as error:
+        raise InputError(f"{image} cannot be read ({error.strerror}): correct the path.") from None
+
+
+def together(parts: Sequence[Scores]) -> Scores:
+    return Scores(
+        np.concatenate([part.score for part in parts]),
+        np.concatenate([part.is_ood for part in parts]),
+        np.concatenate([part.label for part in parts]),
+        [name for part in parts for name in part.predicted],
+    )

@@ -1,0 +1,276 @@
+"""OPNP as a detector of the pytorch-ood library, alone or before another detector."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from pytorch_ood.api import (
+    Detector,
+    DetectorInfo,
+    FeaturesDetector,
+    LogitsDetector,
+    ModelNotSetException,
+    Paper,
+    RequiresFittingException,
+    Task,
+)
+from pytorch_ood.utils import extract_features, is_known
+from torch import Tensor, nn
+
+from opnp.detectors import base, zoo
+from opnp.detectors.base import Samples, TrainedModel
+from opnp.errors import InputError
+from opnp.pruning.candidates import Candidate
+from opnp.pruning.energy import bias_of, check_head
+from opnp.pruning.masks import Percentages, PruningMask, check_percentages
+from opnp.pruning.sensitivity import NeuronSensitivity, Sensitivity, SensitivitySums
+
+__all__ = ["OPNP"]
+
+
+class LogitsScore(LogitsDetector):
+    """A function of logits (N, K) as a detector."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        self.function = function
+
+    def predict_logits(self, logits: Tensor) -> Tensor:
+        """Outlier scores (N,)."""
+        return self.function(logits)
+
+
+class OPNP(FeaturesDetector):
+    """A head whose weights and neurons of extreme sensitivity are pruned, scored by its energy.
+
+    ``weights`` alone makes it OPP, ``neurons`` alone ONP; with neither it is the plain energy
+    detector, bit for bit. With ``detector`` the pruned model is scored by another detector, and
+    the sensitivity is that of the features as this detector hands them to the head.
+
+    Source: Chen et al., "Optimal Parameter and Neuron Pruning for Out-of-Distribution Detection",
+    NeurIPS 2023, arXiv 2402.10062.
+
+        detector = OPNP(model.encoder, model.head, weights=(0, 1), neurons=(10, 2))
+        scores = detector.fit(train_loader).predict(images)
+        clipped = OPNP(model.encoder, model.head, neurons=(10, 2), detector="react")
+    """
+
+    info = DetectorInfo(
+        paper=Paper(
+            title="Optimal Parameter and Neuron Pruning for Out-of-Distribution Detection",
+            venue="NeurIPS",
+            year=2023,
+            url="https://arxiv.org/abs/2402.10062",
+        ),
+        tasks={Task.CLASSIFICATION},
+    )
+
+    requires_fit = True
+
+    #: Search space for `pytorch_ood.utils.GridSearch`, in percent; an instance's holds that of its
+    #: ``detector`` as well.
+    hyperparameter_space = {
+        "weights": [(0.0, 0.0), (0.0, 0.5), (0.0, 1.0), (0.0, 2.0), (30.0, 0.0), (30.0, 1.0)],
+        "neurons": [(0.0, 0.0), (0.0, 2.0), (0.0, 5.0), (0.0, 10.0), (10.0, 0.0), (10.0, 5.0)],
+    }
+
+    def __init__(
+        self,
+        encoder: Callable[[Tensor], Tensor] | None,
+        head: nn.Linear,
+        weights: Percentages = (0.0, 0.0),
+        neurons: Percentages = (0.0, 0.0),
+        neuron_sensitivity: NeuronSensitivity = "mean",
+        temperature: float = 1.0,
+        detector: str | Callable[[Tensor], Tensor] | Detector | None = None,
+    ):
+        """
+        Args:
+            encoder: maps inputs to penultimate features (N, L); None if only features are given.
+            head: the classifier's last layer; a copy is kept.
+            weights: (low, high), percent of weights to prune.
+            neurons: (low, high), percent of neurons to prune.
+            neuron_sensitivity: ``mean``, ``gradient`` or ``taylor``.
+            temperature: T of the energy.
+            detector: scores the pruned model in place of the energy: a function of logits (N, K)
+                such as ``GEN.score``; a pytorch-ood detector of logits or of features that does
+                not hold the head, such as ``KNN(None, k=5)``, which is copied; or a name in
+                `opnp.detectors.zoo.DETECTORS`, which is made for the pruned head.
+
+        Raises:
+            InputError: percentages are out of range, or there is no such detector.
+            UnavailableError: the named detector needs images or feature maps.
+        """
+        check_percentages("weights", weights)
+        check_percentages("neurons", neurons)
+        self.encoder = encoder
+        self.head = copy.deepcopy(head).requires_grad_(False)
+        self.weights = weights
+        self.neurons = neurons
+        self.neuron_sensitivity: NeuronSensitivity = neuron_sensitivity
+        self.temperature = temperature
+        self.sensitivity: Sensitivity | None = None
+        self.mask: PruningMask | None = None
+        self.pruned_head: nn.Linear | None = None
+        self._given = detector
+        self._inner = self._make(TrainedModel(self.head, temperature))  # holds hyperparameters
+        self._fitted: Detector | None = None  # of the pruned head
+        self.hyperparameter_space = {
+            **self.hyperparameter_space,
+            **self._inner.hyperparameter_space,
+        }
+
+    def _make(self, model: TrainedModel) -> Detector:
+        given = "energy" if self._given is None else self._given
+        if isinstance(given, str):
+            return zoo.by_name(given)(model)
+        if not isinstance(given, Detector):
+            return LogitsScore(given)
+        if not isinstance(given, LogitsDetector | FeaturesDetector):
+            raise InputError(
+                f"OPNP takes detectors of logits or features, not {type(given).__name__}: give its "
+                "name, so that it is made for the pruned head."
+            )
+        return copy.deepcopy(given)
+
+    @classmethod
+    def from_mask(
+        cls,
+        encoder: Callable[[Tensor], Tensor] | None,
+        head: nn.Linear,
+        mask: PruningMask,
+        temperature: float = 1.0,
+        detector: str | Callable[[Tensor], Tensor] | Detector | None = None,
+    ) -> Self:
+        """A detector whose mask is known: it needs fitting only if ``detector`` does.
+
+        Raises:
+            InputError: the mask is for another head, or there is no such detector.
+            UnavailableError: the named detector needs images or feature maps.
+        """
+        made = cls(encoder, head, temperature=temperature, detector=detector)
+        made._prune(mask)
+        made.requires_fit = made._inner.requires_fit
+        return made
+
+    def _built(self, model: TrainedModel) -> Detector:
+        return self._make(model).set_hyperparameters(**self._inner.get_hyperparameters())
+
+    def _prune(self, mask: PruningMask, train: Samples | None = None) -> None:
+        """Prune, and make the detector of the pruned model anew; fit it if samples are given."""
+        model = TrainedModel(mask.apply(self.head), self.temperature)
+        detector = self._built(model)
+        if detector.requires_fit and train is not None:
+            base.fit(detector, model, train.pruned(mask))
+        self.mask, self.pruned_head = mask, model.head
+        self._fitted = None if detector.requires_fit and train is None else detector
+
+    def fit(self, data_loader: Any) -> Self:
+        """Measure the sensitivity over a loader of ``(x, y)`` and prune; see `fit_features`.
+
+        Samples with labels below zero are ignored.
+
+        Raises:
+            ModelNotSetException: there is no encoder.
+            ValueError: the loader has no ID samples.
+        """
+        if self.encoder is None:
+            raise ModelNotSetException
+        device = self.device or torch.device("cpu")
+        return self.fit_features(*extract_features(data_loader, self.encoder, device))
+
+    def fit_features(self, x: Tensor, y: Tensor | None = None) -> Self:
+        """Measure the sensitivity over features (N, L), prune, and fit the detector on the rest.
+
+        A mask given to `from_mask` stays.
+
+        Args:
+            x: penultimate features of the training samples.
+            y: labels (N,); samples with labels below zero are ignored. A detector that is itself
+                fitted needs them.
+
+        Raises:
+            InputError: no sample is ID, or features are not finite or of another width.
+            UnavailableError: the detector cannot be fitted on these samples.
+        """
+        weight, bias = self.head.weight, bias_of(self.head)
+        known = torch.ones(len(x), dtype=torch.bool) if y is None else is_known(y)
+        if not known.any():
+            raise InputError("OPNP cannot be fitted: no sample has a label of zero or above.")
+        features = (x if y is None else x[known]).to(weight.device)
+        check_head(features, weight, bias, self.temperature)
+        train = Samples(features, None if y is None else y[known].to(weight.device))
+        mask, sensitivity = self.mask, self.sensitivity
+        if mask is None or sensitivity is not None:
+            model = TrainedModel(self.head, self.temperature)
+            unpruned = self._built(model)
+            base.fit(unpruned, model, train)
+            seen = base.features_seen(unpruned, model, train)
+            sensitivity = SensitivitySums.of(seen, weight, bias, self.temperature).mean()
+            mask = self._candidate().mask(sensitivity)
+        self._prune(mask, train)
+        self.sensitivity = sensitivity
+        return self
+
+    def _candidate(self) -> Candidate:
+        return Candidate(self.weights, self.neurons, self.neuron_sensitivity)
+
+    def get_hyperparameters(self) -> dict[str, Any]:
+        """Percentages, and the values of the detector that scores, by name."""
+        inner = self._inner.get_hyperparameters()
+        return {
+            name: inner[name] if name in inner else getattr(self, name)
+            for name in self.hyperparameter_space
+        }
+
+    def set_hyperparameters(self, **kwargs: Any) -> Self:
+        """Set percentages, or values of the detector that scores.
+
+        After percentages a fitted detector is pruned anew from its sensitivity. It must be fitted
+        again if the detector that scores is one to be fitted, or if one of its values is set, which
+        may change the features that the sensitivity is of.
+        """
+        known = self._inner.hyperparameter_space
+        inner = {name: kwargs.pop(name) for name in [*kwargs] if name in known}
+        super().set_hyperparameters(**kwargs)
+        self._inner.set_hyperparameters(**inner)
+        if self.sensitivity is None:
+            if self.mask is not None:
+                self._prune(self.mask)
+        elif inner:
+            self.sensitivity = self.mask = self.pruned_head = self._fitted = None
+        else:
+            self._prune(self._candidate().mask(self.sensitivity))
+        return self
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move what it holds to a device."""
+        super().to(device)
+        for detector in (self._inner, self._fitted):
+            if detector is not None:
+                detector.to(device)
+        return self
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Outlier scores (N,) of inputs; larger means OOD.
+
+        Raises:
+            ModelNotSetException: there is no encoder.
+            RequiresFittingException: neither `fit` nor `from_mask` came before.
+        """
+        if self.encoder is None:
+            raise ModelNotSetException
+        return self.predict_features(self.encoder(x if self.device is None else x.to(self.device)))
+
+    @torch.no_grad()
+    def predict_features(self, x: Tensor) -> Tensor:
+        """Outlier scores (N,) of features (N, L), the energy −T·logsumexp(f/T) or those of the
+        detector that was given; larger means OOD.
+
+        Raises:
+            RequiresFittingException: it was not fitted and needs to be.
+        """
+        if self._fitted is None or self.mask is None or self.pruned_head is None:
+            raise RequiresFittingException
+        model = TrainedModel(self.pruned_head, self.temperature)
+        return base.predict(self._fitted, model, x * self.mask.neurons.to(x.device))

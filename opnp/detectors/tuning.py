@@ -1,0 +1,253 @@
+"""OOD detectors on the same samples, each tuned by the same rule, alone or on a pruned model.
+
+A detector tries combinations of its hyperparameters, each judged by the mean FPR95 over the outlier
+sets, AUROC breaking ties. ``opnp+X`` is the detector X on a model that is pruned by the sensitivity
+of the features which X hands to the head; as in the mask search, it prunes no more than is needed
+to come within noise of the best.
+"""
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+from typing import Any, TypeVar
+
+import torch
+from pytorch_ood.api import Detector, LogitsDetector
+from torch import Tensor
+
+from opnp.detectors import base, zoo
+from opnp.detectors.base import Samples, TrainedModel
+from opnp.errors import InputError, UnavailableError
+from opnp.metrics.bootstrap import bootstrap_mean_fpr95
+from opnp.metrics.separation import fpr95_auroc
+from opnp.pruning.candidates import Candidate
+from opnp.pruning.energy import bias_of
+from opnp.pruning.masks import PruningMask
+from opnp.pruning.sensitivity import SensitivitySums
+
+__all__ = ["Tuned", "tune"]
+
+COMBINED = "opnp+"
+RESAMPLES = 200  # behind the choice among masks within noise of the best
+
+Option = TypeVar("Option")
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """A detector fitted with the values that were chosen for it.
+
+    Attributes:
+        detector: fitted on the training samples.
+        model: the one it is fitted for, pruned if there is a mask.
+        mask: of ``opnp+X``; None if pruning nothing was the best, and for X alone.
+        hyperparameters: by name; of ``opnp+X`` also ``weights_low``, ``weights_high``,
+            ``neurons_low``, ``neurons_high`` and ``neuron_sensitivity``.
+        fit_seconds: to fit once with these values; with a mask also to measure the sensitivity.
+        fpr95: mean over the outlier sets, in percent; what it was chosen by.
+        auroc: mean over the outlier sets, in percent; what broke ties.
+        trials: number of combinations tried.
+    """
+
+    detector: Detector
+    model: TrainedModel
+    mask: PruningMask | None
+    hyperparameters: dict[str, Any]
+    fit_seconds: float
+    fpr95: float = float("nan")
+    auroc: float = float("nan")
+    trials: int = 1
+
+    def score(self, samples: Samples) -> Tensor:
+        """Outlier scores (N,), float64, larger = OOD, of samples of the unpruned model.
+
+        Raises:
+            UnavailableError: the detector cannot score these samples.
+        """
+        seen = samples if self.mask is None else samples.pruned(self.mask)
+        return base.score(self.detector, self.model, seen)
+
+
+def tune(
+    name: str,
+    model: TrainedModel,
+    train: Samples,
+    validation: Samples,
+    outliers: Mapping[str, Samples],
+    *,
+    budget: int,
+    seed: int,
+    candidates: Sequence[Candidate] = (),
+) -> Tuned:
+    """Choose a detector's hyperparameters, and for ``opnp+X`` a mask, and fit it with them.
+
+    X tries its default values and, of all combinations of its ``hyperparameter_space``, as many as
+    the budget allows, drawn by ``seed``. ``opnp+X`` spends half the budget so, and what is left on
+    masks with the best values of X; it may prune nothing, so that on the outlier sets it is never
+    worse than these by more than noise. Combinations that cannot run are skipped.
+
+    Args:
+        name: a key of `opnp.detectors.zoo.DETECTORS`, or ``opnp+`` and such a key.
+        model: left as it is.
+        train: training samples with labels.
+        validation: ID validation samples.
+        outliers: of each outlier set. A detector of images holds those of all sets in memory.
+        budget: combinations to try at most.
+        seed: of the draws.
+        candidates: what ``opnp+X`` may prune.
+
+    Raises:
+        InputError: there is no such detector, no outlier set, or the budget is not positive.
+        UnavailableError: the detector cannot run on this model or these samples.
+    """
+    alone = name.removeprefix(COMBINED)
+    combined = alone != name
+    make = zoo.by_name(alone)
+    if not outliers or budget < 1:
+        raise InputError("Tuning needs at least one outlier set and a budget of one or more.")
+    default = make(model)
+    train, validation, *others = (
+        shared(samples, default, model) for samples in (train, validation, *outliers.values())
+    )
+    contest = Contest(make, model, train, validation, others, seed)
+
+    defaults, space = default.get_hyperparameters(), default.hyperparameter_space
+    settings = [dict(zip(space, values, strict=True)) for values in product(*space.values())]
+    settings = [defaults, *(values for values in settings if values != defaults)]
+    for values in drawn(settings, max(1, budget // 2) if combined else budget, seed):
+        contest.enter(values, Candidate().record() if combined else {})
+
+    if combined:
+        best, start = contest.winner(), time.perf_counter()
+        seen = base.features_seen(best.detector, model, train)
+        sums = SensitivitySums.of(seen, model.head.weight, bias_of(model.head), model.temperature)
+        sensitivity = sums.mean()
+        before = best.fit_seconds + time.perf_counter() - start
+        chosen = best.detector.get_hyperparameters()
+        pruning = [each for each in candidates if any((*each.weights, *each.neurons))]
+        # The first candidate, which prunes nothing, is the best so far: it has been tried.
+        for each in drawn([Candidate(), *pruning], 1 + budget - contest.trials, seed)[1:]:
+            contest.enter(chosen, each.record(), each.mask(sensitivity), before)
+    return replace(contest.winner(), trials=contest.trials)
+
+
+class Contest:
+    """Fits a detector with one combination after another, and keeps the best."""
+
+    def __init__(
+        self,
+        make: Callable[[TrainedModel], Detector],
+        model: TrainedModel,
+        train: Samples,
+        validation: Samples,
+        outliers: Sequence[Samples],
+        seed: int,
+    ):
+        self.make = make
+        self.model = model
+        self.train = train
+        self.validation = validation
+        self.outliers = outliers
+        self.seed = seed
+        self.trials = 0
+        self.entries: list[tuple[Tuned, Tensor, Tensor]] = []
+        self.reason: UnavailableError | None = None
+
+    def enter(
+        self,
+        values: dict[str, Any],
+        pruned: dict[str, Any],
+        mask: PruningMask | None = None,
+        seconds: float = 0.0,
+    ) -> None:
+        """Try the detector's ``values`` and a mask.
+
+        Args:
+            values: hyperparameters of the detector.
+            pruned: hyperparameters of the mask.
+            mask: what to prune.
+            seconds: what the mask has taken.
+        """
+        self.trials += 1
+        try:
+            self.entries.append(self.judged(values, pruned, mask, seconds))
+        except UnavailableError as error:
+            self.reason = self.reason or error
+
+    def judged(
+        self,
+        values: dict[str, Any],
+        pruned: dict[str, Any],
+        mask: PruningMask | None,
+        seconds: float,
+    ) -> tuple[Tuned, Tensor, Tensor]:
+        """The fitted detector, and its scores of the ID samples and of all outliers."""
+        start = time.perf_counter()
+        model = self.model if mask is None else self.model.pruned(mask)
+        detector = self.make(model).set_hyperparameters(**values)
+        if detector.requires_fit:
+            base.fit(detector, model, self.train if mask is None else self.train.pruned(mask))
+        seconds += time.perf_counter() - start
+        # After fitting, for ViM lowers its dimension to what the features allow.
+        entry = Tuned(detector, model, mask, detector.get_hyperparameters() | pruned, seconds)
+        inside = entry.score(self.validation)
+        outside = torch.cat([entry.score(samples) for samples in self.outliers])
+        fpr95, auroc = fpr95_auroc(inside, outside, self.sizes)
+        judged = replace(entry, fpr95=float(fpr95.mean()), auroc=float(auroc.mean()))
+        return judged, inside.cpu(), outside.cpu()
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(samples.features) for samples in self.outliers]
+
+    def winner(self) -> Tuned:
+        """The best so far; of those within noise of it one that prunes least.
+
+        Noise is one standard error of the difference, as in `opnp.pruning.search.choose`.
+
+        Raises:
+            UnavailableError: no combination could run.
+        """
+        if not self.entries:
+            assert self.reason is not None
+            raise self.reason
+        place = min(range(len(self.entries)), key=lambda index: rank(self.entries[index][0]))
+        if self.entries[place][0].mask is None:
+            return self.entries[place][0]
+        tuned, inside, outside = zip(*self.entries, strict=True)
+        figures = bootstrap_mean_fpr95(
+            torch.stack(inside), torch.stack(outside), self.sizes, RESAMPLES, self.seed
+        )
+        noise = (figures - figures[place]).std(axis=1)
+        within = [
+            entry
+            for entry, error in zip(tuned, noise, strict=True)
+            if entry.fpr95 <= tuned[place].fpr95 + error + 1e-9
+        ]
+        return min(
+            within,
+            key=lambda entry: (0.0 if entry.mask is None else entry.mask.pruned, *rank(entry)),
+        )
+
+
+def rank(entry: Tuned) -> tuple[float, float]:
+    return round(entry.fpr95, 9), -round(entry.auroc, 9)
+
+
+def shared(samples: Samples, detector: Detector, model: TrainedModel) -> Samples:
+    """The samples with what all combinations share: images read once, logits computed once."""
+    return replace(
+        samples,
+        images=samples.images and cache(samples.images),
+        logits=base.logits_of(model, samples) if isinstance(detector, LogitsDetector) else None,
+    )
+
+
+def drawn(options: Sequence[Option], count: int, seed: int) -> list[Option]:
+    """The first option and as many others as ``count`` allows, in their order."""
+    first, *others = options
+    places = random.Random(seed).sample(range(len(others)), min(count - 1, len(others)))
+    return [first, *(others[place] for place in sorted(places))]

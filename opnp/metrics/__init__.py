@@ -1,0 +1,1 @@
+"""Metrics of OOD detection and of classification, their intervals, and ranks."""

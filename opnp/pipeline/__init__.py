@@ -1,0 +1,1 @@
+"""A run of the pipeline, from `params.yaml` to the report, without an orchestrator."""

@@ -1,0 +1,77 @@
+"""The report of a run: one page of everything found, which opens from disk without a network."""
+
+from importlib.resources import files
+
+import matplotlib
+import yaml
+from jinja2 import Environment, StrictUndefined
+
+from opnp.detectors.names import detector_name, ours
+from opnp.metrics.separation import METRICS
+from opnp.pipeline.parameters import Parameters
+from opnp.pipeline.report.plots import (
+    STYLE,
+    histograms,
+    roc_curves,
+    sensitivities,
+    tradeoff,
+    training_curves,
+)
+from opnp.pipeline.report.reading import read_backbone, read_evaluation, read_hashes, read_pruning
+from opnp.pipeline.report.tables import best, comparison, heat_maps
+from opnp.pipeline.report.words import chosen_values, number, outcome, prunes, span
+
+__all__ = ["render"]
+
+
+def render(parameters: Parameters) -> str:
+    """Draw the run in the current folder as one HTML page, the same bits for the same files.
+
+    Raises:
+        InputError: a file is missing, damaged or of another run; the sentence names it.
+    """
+    backbone = read_backbone()
+    pruning = read_pruning(backbone.record["sha256"])
+    evaluation = read_evaluation(parameters, pruning)
+    hashes, missing = read_hashes(backbone)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "chosen": chosen_values,
+        "name": detector_name,
+        "number": number,
+        "prunes": prunes,
+        "span": span,
+    }
+    environment.tests["ours"] = ours
+    template = environment.from_string(
+        files("opnp.pipeline.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
+    )
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()  # whatever the user's own settings are
+        matplotlib.rcParams.update(STYLE)
+        page = template.render(
+            parameters=parameters,
+            backbone=backbone,
+            pruning=pruning,
+            evaluation=evaluation,
+            outcome=outcome(pruning, evaluation),
+            comparisons={metric: comparison(evaluation, metric) for metric in ("fpr95", "auroc")},
+            best={metric: best(evaluation, metric) for metric in METRICS},
+            histograms=histograms(evaluation),
+            rocs=roc_curves(evaluation),
+            sensitivities=sensitivities(pruning),
+            tradeoff=tradeoff(parameters, pruning),
+            heat_maps=heat_maps(parameters, pruning),
+            curves=training_curves(backbone.history),
+            yaml=yaml.safe_dump(
+                # Without the engine, of no influence on what is shown.
+                parameters.model_dump(mode="json", exclude={"engine"}),
+                sort_keys=False,
+                default_flow_style=None,
+            ),
+            hashes=hashes,
+            missing=missing,
+        )
+    return page.replace(" %", "\N{NO-BREAK SPACE}%")

@@ -1,0 +1,195 @@
+"""The comparison of detectors as tables: of the page, as a long table, and for GitHub."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pyarrow as pa
+from matplotlib.colors import Normalize, to_hex
+
+from opnp.detectors.names import detector_name
+from opnp.metrics import ranking
+from opnp.metrics.ranking import Intervals, Metrics, columns, ranked
+from opnp.pipeline.parameters import Parameters
+from opnp.pipeline.report.reading import Evaluation, Pruning
+from opnp.pipeline.report.words import number
+
+__all__ = ["long_table", "to_markdown"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Detectors by their mean rank in one metric, and all their ranks in it."""
+
+    order: list[str]
+    ranks: dict[str, dict[str, float]]
+
+
+def comparison(evaluation: Evaluation, metric: str) -> Comparison:
+    """The order of the rows of a metric's table."""
+    ranks = (
+        evaluation.ranks
+        if metric == "fpr95"
+        else ranking.ranks(evaluation.table, list(evaluation.sets), metric)
+    )
+    return Comparison(ranking.ranked(evaluation.table, ranks, metric), ranks)
+
+
+def best(evaluation: Evaluation, metric: str) -> dict[str, str]:
+    """The best value of each column, as shown: equal digits are equally good."""
+    choose = min if ranking.lower_is_better(metric) else max
+    rows = evaluation.table.values()
+    return {
+        column: number(choose(row[column][metric] for row in rows)) for column in evaluation.columns
+    }
+
+
+@dataclass(frozen=True)
+class Cell:
+    text: str
+    background: str
+    colour: str
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """Mean FPR95 on the proxies; rows are by the lowest, columns by the highest percentage."""
+
+    what: str
+    kind: str
+    columns: list[float]
+    rows: dict[float, list[Cell | None]]
+
+
+def heat_maps(parameters: Parameters, pruning: Pruning) -> list[HeatMap]:
+    """The search grid by each definition of N: the least over whatever a map does not show.
+
+    As in the search, only trials that keep the accuracy count; a cell without any is None.
+    """
+    trials, chosen = pruning.trials, pruning.chosen
+    floor = trials["accuracy"][0] - parameters.search.max_accuracy_drop
+    # Masks of clipped features are those of OPNP with ReAct.
+    accurate = ~(trials["accuracy"] < floor - 1e-9) & ~trials["clips"]
+    # Without neuron pruning the definitions agree, and the search tries such masks once, as `mean`.
+    neuronless = (trials["neurons_low"] == 0) & (trials["neurons_high"] == 0)
+    scale = Normalize(trials["fpr95"][accurate].min(), np.percentile(trials["fpr95"][accurate], 75))
+    maps = []
+    for kind in parameters.search.neuron_sensitivity:
+        for what in ("weights", "neurons"):
+            low, high = trials[f"{what}_low"], trials[f"{what}_high"]
+            rows, columns = np.unique(low), np.unique(high)
+            use = accurate & (neuronless | (trials["neuron_sensitivity"] == kind))
+            least = np.full((len(rows), len(columns)), np.inf)
+            place = np.searchsorted(rows, low[use]), np.searchsorted(columns, high[use])
+            np.minimum.at(least, place, trials["fpr95"][use])
+            here = kind == chosen["neuron_sensitivity"]
+            here |= not (chosen["neurons_low"] or chosen["neurons_high"])
+            best_at = (chosen[f"{what}_low"], chosen[f"{what}_high"])
+            cells: dict[float, list[Cell | None]] = {
+                row: [
+                    cell(value, scale, here and (row, column) == best_at)
+                    for column, value in zip(columns.tolist(), line, strict=True)
+                ]
+                for row, line in zip(rows.tolist(), least.tolist(), strict=True)
+            }
+            maps.append(HeatMap(what, kind, columns.tolist(), cells))
+    return maps
+
+
+def cell(value: float, scale: Normalize, chosen: bool) -> Cell | None:
+    if value == np.inf:
+        return None
+    red, green, blue, _ = rgba = matplotlib.colormaps["cividis_r"](float(scale(value)))
+    dark = 0.2126 * red + 0.7152 * green + 0.0722 * blue < 0.45
+    return Cell(number(value), to_hex(rgba), "#ffffff" if dark else "#000000", chosen)
+
+
+def long_table(
+    detectors: Mapping[str, Metrics],
+    intervals: Mapping[str, Intervals],
+    evaluation: Mapping[str, Any],
+) -> pa.Table:
+    """One row for each detector and column, detectors by mean rank.
+
+    Args:
+        detectors: of `metrics.json`.
+        intervals: ``detectors`` of `intervals.json`.
+        evaluation: `evaluation.json`.
+
+    Returns:
+        detector, column, kind, every metric with its interval as ``_low`` and ``_high``, rank (of
+        ``mean`` the mean rank; of ``near`` and ``far`` none), hyperparameters as JSON, and trials.
+    """
+    kinds = kinds_of(evaluation)
+    rows = []
+    for name in ranked(detectors, evaluation["ranks"]):
+        for column in columns(kinds):
+            row: dict[str, Any] = {
+                "detector": name,
+                "column": column,
+                "kind": kinds.get(column, column),
+            }
+            for metric, value in detectors[name][column].items():
+                ends = intervals[name][column][metric]
+                row |= {metric: value, f"{metric}_low": ends["low"], f"{metric}_high": ends["high"]}
+            row["rank"] = evaluation["ranks"][name].get(column)
+            row["hyperparameters"] = json.dumps(evaluation["hyperparameters"][name])
+            row["trials"] = evaluation["trials"][name]
+            rows.append(row)
+    return pa.Table.from_pylist(rows)
+
+
+def to_markdown(
+    detectors: Mapping[str, Metrics],
+    intervals: Mapping[str, Intervals],
+    evaluation: Mapping[str, Any],
+) -> str:
+    """The comparison as GitHub shows it, and below it the detectors that could not run.
+
+    Args:
+        detectors: of `metrics.json`.
+        intervals: ``detectors`` of `intervals.json`.
+        evaluation: `evaluation.json`.
+    """
+    kinds, places = kinds_of(evaluation), evaluation["ranks"]
+    shown = columns(kinds)
+    heads = [
+        f"{column} ({kinds[column]})" if column in kinds else f"**{column}**" for column in shown
+    ]
+    rows: list[list[str]] = []
+    for name in ranked(detectors, places):
+        by, ends = detectors[name], intervals[name]["mean"]["fpr95"]
+        cells = [f"{by[column]['fpr95']:.1f}" for column in shown]
+        cells += [f"{by['mean']['auroc']:.1f}", f"{places[name]['mean']:.1f}"]
+        interval = f" ({ends['low']:.1f}–{ends['high']:.1f})"
+        rows.append([detector_name(name), *cells, interval])
+    best = [min(map(float, of)) for of in zip(*(row[1:-1] for row in rows), strict=True)]
+    best[-2] = max(float(row[-3]) for row in rows)  # AUROC, the only one where higher is better
+    lines = [["detector", *heads, "mean AUROC", "mean rank"], ["---"] + ["--:"] * (len(heads) + 2)]
+    for name, *cells, interval in rows:
+        bold = [
+            f"**{cell}**" if float(cell) == least else cell
+            for cell, least in zip(cells, best, strict=True)
+        ]
+        bold[-3] += interval
+        lines.append([name, *bold])
+    text = "FPR95 in % (lower is better), of the mean with its 95 % interval; by mean rank.\n\n"
+    text += "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    if missing := evaluation["unavailable"]:
+        text += "\nNot compared:\n\n"
+        text += "".join(
+            f"- {detector_name(name)}: {one_line(reason)}\n" for name, reason in missing.items()
+        )
+    return text
+
+
+def kinds_of(evaluation: Mapping[str, Any]) -> dict[str, str]:
+    return {name: entry["kind"] for name, entry in evaluation["sets"].items()}
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,77 @@
+"""The sentences and numbers of the report."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from opnp.detectors.names import detector_name
+from opnp.metrics import ranking
+from opnp.pipeline.report.reading import CANDIDATE, Evaluation, Pruning
+
+
+def number(value: float, digits: int = 1) -> str:
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def span(interval: Mapping[str, float], digits: int = 1) -> str:
+    return f"{number(interval['low'], digits)}–{number(interval['high'], digits)}"
+
+
+def prunes(trial: Mapping[str, Any]) -> str:
+    """What a trial prunes, in words."""
+    parts = []
+    kind = f"neurons by {trial['neuron_sensitivity']} sensitivity"
+    for what, words in (("weights", "weights"), ("neurons", kind)):
+        shares = [(end, trial[f"{what}_{end}"]) for end in ("low", "high")]
+        if named := [f"{end}est {share:g} %" for end, share in shares if share]:
+            parts.append(f"the {' and '.join(named)} of {words}")
+    return " and ".join(parts) or "nothing"
+
+
+def chosen_values(values: Mapping[str, Any]) -> str:
+    """The hyperparameters of a detector, in words."""
+    parts = [f"prunes {prunes(values)}"] if "weights_low" in values else []
+    rest = {key: value for key, value in values.items() if key not in CANDIDATE}
+    parts += [f"{k} = {v:g}" if isinstance(v, float) else f"{k} = {v}" for k, v in rest.items()]
+    return ", ".join(parts) or "none to choose"
+
+
+def outcome(pruning: Pruning, evaluation: Evaluation) -> str:
+    """The run in one sentence, and who did best in another."""
+    means = {name: values["mean"]["fpr95"] for name, values in evaluation.table.items()}
+    accuracy = {name: values["accuracy"] for name, values in evaluation.calibration.items()}
+    sets = f"over {len(evaluation.sets)} OOD set{'s' * (len(evaluation.sets) > 1)}"
+    parts = []
+    if "energy" in means and "opnp" in means:
+        change = moved(means["energy"], means["opnp"], " (Energy)", " (OPNP)")
+        parts.append(f"the mean FPR95 {sets} {change}")
+    else:
+        parts += [
+            f"{detector_name(name)} has a mean FPR95 of {number(means[name])} % {sets}"
+            for name in evaluation.before_after
+        ]
+    if "opnp" in accuracy:
+        parts.append(f"ID test accuracy {moved(accuracy['unpruned'], accuracy['opnp'])}")
+    else:
+        parts.append(f"ID test accuracy unpruned is {number(accuracy['unpruned'])} %")
+    parts.append(
+        f"the chosen mask prunes {prunes(pruning.chosen)}, "
+        f"which leaves {number(pruning.zero)} % of the head’s weights zero"
+    )
+    sentence = "; ".join(parts)
+    lowest = number(min(means.values()))
+    winners = " and ".join(detector_name(n) for n, mean in means.items() if number(mean) == lowest)
+    told = f"{sentence[0].upper()}{sentence[1:]}. Of {len(means)} detectors"
+    told += f", the lowest mean FPR95 is {lowest} %, by {winners}"
+    if "opnp" in means and len(means) > 1:
+        place = ranking.ranked(evaluation.table, evaluation.ranks).index("opnp") + 1
+        told += f"; by mean rank OPNP is number {place}"
+    return f"{told}."
+
+
+def moved(before: float, after: float, of_before: str = "", of_after: str = "") -> str:
+    """How a percentage changed, as far as its shown digits tell."""
+    old, new = number(before), number(after)
+    if old == new:
+        return f"stayed at {old} %"
+    verb = "fell" if after < before else "rose"
+    return f"{verb} from {old} %{of_before} to {new} %{of_after}"

@@ -1,0 +1,168 @@
+"""Masks: which weights and neurons of a head stay, by rank of their sensitivity."""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from math import floor
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from opnp.errors import InputError
+from opnp.pruning.energy import bias_of, linear_head
+from opnp.runtime import tensors
+
+__all__ = ["Percentages", "PruningMask", "check_percentages", "keep", "pruned_count"]
+
+Percentages = tuple[float, float]
+"""(low, high): the percentage with the lowest and with the highest sensitivity to prune."""
+
+
+def check_percentages(name: str, percentages: Percentages) -> None:
+    """Refuse percentages outside [0, 100) or that together prune everything.
+
+    Raises:
+        InputError: naming the parameter ``name``.
+    """
+    low, high = percentages
+    if not (low >= 0 and high >= 0 and low + high < 100):
+        raise InputError(
+            f"{name}=({low:g}, {high:g}) prunes {low + high:g} %: percentages must not be negative "
+            "and must sum to less than 100."
+        )
+
+
+@lru_cache(maxsize=4096)  # a search asks for the same few thousands of times
+def pruned_count(n: int, percentage: float) -> int:
+    """How many of ``n`` weights or neurons a percentage prunes, rounded half up."""
+    # A fraction of the decimal that was written: 9.2 % of 375 is 34.5, which floats put below.
+    return floor(n * Fraction(str(percentage)) / 100 + Fraction(1, 2))
+
+
+def keep(sensitivity: Tensor, percentages: Percentages) -> Tensor:
+    """True where the sensitivity is neither among the lowest nor among the highest.
+
+    Selection is by rank, and the earlier index ranks lower on ties, so that the number removed is
+    exact: ρ % of n, rounded half up.
+
+    Args:
+        sensitivity: any shape, n values.
+        percentages: (low, high).
+
+    Returns:
+        Boolean tensor of the same shape.
+    """
+    n = sensitivity.numel()
+    low, high = (pruned_count(n, percentage) for percentage in percentages)
+    order = torch.argsort(sensitivity.flatten(), stable=True)
+    kept = torch.zeros(n, dtype=torch.bool, device=sensitivity.device)
+    kept[order[low : n - high]] = True
+    return kept.reshape(sensitivity.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class PruningMask:
+    """Which weights and neurons of a linear head stay.
+
+    Attributes:
+        weights: True where W_ij stays, bool, shape (K, L).
+        neurons: True where h_j stays, bool, shape (L,); a pruned neuron loses its whole column.
+
+    Source: Chen et al., NeurIPS 2023, arXiv 2402.10062.
+    """
+
+    weights: Tensor
+    neurons: Tensor
+
+    @classmethod
+    def from_sensitivity(
+        cls,
+        parameter_sensitivity: Tensor,
+        neuron_sensitivity: Tensor,
+        weights: Percentages = (0.0, 0.0),
+        neurons: Percentages = (0.0, 0.0),
+    ) -> Self:
+        """Prune the lowest and highest ``weights`` % of M and ``neurons`` % of N.
+
+        Args:
+            parameter_sensitivity: M, shape (K, L).
+            neuron_sensitivity: N, shape (L,).
+            weights: (low, high) in percent of the K·L weights; OPP prunes only these.
+            neurons: (low, high) in percent of the L neurons; ONP prunes only these.
+
+        Raises:
+            InputError: shapes disagree, a sensitivity is NaN, or percentages are out of range.
+        """
+        if (
+            parameter_sensitivity.ndim != 2
+            or neuron_sensitivity.shape != parameter_sensitivity.shape[1:]
+        ):
+            raise InputError(
+                "Sensitivities must have shapes (K, L) and (L,), not "
+                f"{tuple(parameter_sensitivity.shape)} and {tuple(neuron_sensitivity.shape)}."
+            )
+        if parameter_sensitivity.isnan().any() or neuron_sensitivity.isnan().any():
+            raise InputError("A sensitivity is NaN: the features it was measured on are broken.")
+        check_percentages("weights", weights)
+        check_percentages("neurons", neurons)
+        return cls(keep(parameter_sensitivity, weights), keep(neuron_sensitivity, neurons))
+
+    @property
+    def kept(self) -> Tensor:
+        """True where a weight survives both weight and neuron pruning, bool, shape (K, L)."""
+        return self.weights & self.neurons
+
+    @property
+    def pruned_weights(self) -> float:
+        """Fraction of the K·L weights pruned by their own sensitivity."""
+        return 1 - self.weights.double().mean().item()
+
+    @property
+    def pruned_neurons(self) -> float:
+        """Fraction of the L neurons pruned."""
+        return 1 - self.neurons.double().mean().item()
+
+    @property
+    def pruned(self) -> float:
+        """Fraction of the K·L weights that are zero in the end, by either pruning."""
+        return 1 - self.kept.double().mean().item()
+
+    def apply(self, head: nn.Linear) -> nn.Linear:
+        """A pruned copy of ``head``; its bias stays, and ``head`` itself is not changed.
+
+        Raises:
+            InputError: the mask is for a head of another shape.
+        """
+        if head.weight.shape != self.weights.shape:
+            raise InputError(
+                f"The mask is for a head of shape {tuple(self.weights.shape)}, this one has "
+                f"{tuple(head.weight.shape)}: make a mask for this head."
+            )
+        kept = self.kept.to(head.weight.device)
+        return linear_head(head.weight.detach() * kept, bias_of(head))
+
+    def save(self, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
+        """Write the mask as safetensors (uint8: 1 where it stays), atomically."""
+        kept = {"weights": self.weights, "neurons": self.neurons}
+        tensors.save(
+            Path(path), {name: t.to(torch.uint8) for name, t in kept.items()}, metadata or {}
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a mask that `save` wrote.
+
+        Raises:
+            InputError: the file is missing, truncated or no mask.
+        """
+        found, _ = tensors.load(Path(path), "make the mask again")
+        shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
+        weights, neurons = shapes.get("weights", ()), shapes.get("neurons", ())
+        if len(weights) != 2 or neurons != weights[1:]:
+            raise InputError(
+                f"{path} holds no mask of weights (K, L) and neurons (L,) but {shapes}: "
+                "make the mask again."
+            )
+        return cls(found["weights"].bool(), found["neurons"].bool())

@@ -1,0 +1,316 @@
+"""How sensitive the energy is to each weight and each neuron of a linear head.
+
+For features h (L,), logits f = W h + b and p = softmax(f/T), the energy E = −T·logsumexp(f/T) has
+
+    ∂E/∂W_ij = −p_i h_j                          ∂E/∂h_j = −Σ_i p_i W_ij,
+
+so that averages over m training samples need one matrix product and no backward pass:
+
+    parameter sensitivity      M_ij = (1/m) Σ_k |∂E(x_k)/∂W_ij| = (Pᵀ|H|)_ij / m
+    neuron sensitivity, mean        N_j = (1/K) Σ_i M_ij
+                        gradient    N_j = (1/m) Σ_k |Σ_i p_i W_ij|
+                        taylor      N_j = (1/m) Σ_k |h_j Σ_i p_i W_ij|
+
+Source: Chen et al., "Optimal Parameter and Neuron Pruning for Out-of-Distribution Detection",
+NeurIPS 2023, arXiv 2402.10062. ``mean`` is the paper's reading of the neuron sensitivity.
+
+Sensitivities are means, and means of parts cannot be merged; hence `SensitivitySums`: what a part
+of the training set contributes is a sum and a count, and parts are merged by adding.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Literal, Self, get_args
+
+import torch
+from torch import Tensor
+
+from opnp.errors import InputError
+from opnp.pruning.energy import check_head, logits
+
+__all__ = [
+    "NeuronSensitivity",
+    "Sensitivity",
+    "SensitivitySums",
+    "halved",
+    "measure",
+    "neuron_sensitivity",
+    "parameter_sensitivity",
+]
+
+
+NeuronSensitivity = Literal["mean", "gradient", "taylor"]
+
+BATCH = 1024  # rows per product: bounds the memory for any N, and fixes the order of summation
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Sensitivities of one head over ``count`` training samples, all float64.
+
+    Attributes:
+        weights: M, shape (K, L).
+        neurons_mean: N by definition ``mean``, shape (L,).
+        neurons_gradient: N by definition ``gradient``, shape (L,).
+        neurons_taylor: N by definition ``taylor``, shape (L,).
+        count: number of samples m.
+        temperature: T of the energy.
+        clip: features were clipped at this value from above, as ReAct does; None: they were not.
+        halves: the same over either half of the samples, which shows how far sampling moves them.
+    """
+
+    weights: Tensor
+    neurons_mean: Tensor
+    neurons_gradient: Tensor
+    neurons_taylor: Tensor
+    count: int
+    temperature: float = 1.0
+    clip: float | None = None
+    halves: "tuple[Sensitivity, Sensitivity] | None" = None
+
+    def neurons(self, kind: NeuronSensitivity) -> Tensor:
+        """N, shape (L,), by the definition ``kind``.
+
+        Raises:
+            InputError: there is no such definition.
+        """
+        if kind not in get_args(NeuronSensitivity):
+            raise InputError(
+                f"There is no neuron sensitivity {kind!r}: "
+                f"choose one of {', '.join(get_args(NeuronSensitivity))}."
+            )
+        tensor: Tensor = getattr(self, f"neurons_{kind}")
+        return tensor
+
+
+@dataclass(frozen=True)
+class SensitivitySums:
+    """What some training samples contribute: float64 sums, on the CPU, and their count.
+
+    Adding is exact in its order: merging the same parts in the same order gives the same bits,
+    whoever computed them and whenever.
+
+    Attributes:
+        weights: Σ_k |∂E(x_k)/∂W_ij|, shape (K, L).
+        neurons_mean: Σ_k (1/K) Σ_i |∂E(x_k)/∂W_ij|, shape (L,).
+        neurons_gradient: Σ_k |∂E(x_k)/∂h_j|, shape (L,).
+        neurons_taylor: Σ_k |h_j · ∂E(x_k)/∂h_j|, shape (L,).
+        count: number of samples.
+        temperature: T of the energy.
+        clip: at which features were clipped from above, if they were.
+    """
+
+    weights: Tensor
+    neurons_mean: Tensor
+    neurons_gradient: Tensor
+    neurons_taylor: Tensor
+    count: int
+    temperature: float = 1.0
+    clip: float | None = None
+
+    @classmethod
+    @torch.no_grad()
+    def of(
+        cls,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        temperature: float = 1.0,
+        clip: float | None = None,
+    ) -> Self:
+        """Sums over the samples of ``features``.
+
+        Computed on the device of ``features`` and in float64 throughout: the smallest sensitivities
+        decide which weights are pruned, and float32 logits would cost them their sixth digit.
+
+        Args:
+            features: h, shape (N, L), any floating dtype.
+            weight: W, shape (K, L).
+            bias: b, shape (K,).
+            temperature: T of the energy.
+            clip: clip features at this value from above first, as ReAct does (Sun et al.,
+                NeurIPS 2021); None: do not.
+
+        Raises:
+            InputError: shapes disagree, values are not finite, or T is not positive.
+        """
+        weight = weight.detach().to(features.device).double()
+        m = torch.zeros_like(weight)
+        gradient = torch.zeros_like(weight[0])
+        taylor = torch.zeros_like(gradient)
+        for h, p in probabilities(features, weight, bias, temperature, clip):
+            dh = p @ weight  # −∂E/∂h, (B, L)
+            m += p.T @ h.abs()  # Σ_k |−p_i h_j|: p is never negative
+            gradient += dh.abs().sum(dim=0)
+            taylor += (h * dh).abs().sum(dim=0)
+        return cls(
+            m.cpu(),
+            m.mean(dim=0).cpu(),
+            gradient.cpu(),
+            taylor.cpu(),
+            len(features),
+            temperature,
+            clip,
+        )
+
+    def __add__(self, other: Self) -> Self:
+        if self.weights.shape != other.weights.shape:
+            raise InputError(
+                f"Sums for a head {tuple(self.weights.shape)} and a head "
+                f"{tuple(other.weights.shape)} cannot be added: they are of different models."
+            )
+        if (self.temperature, self.clip) != (other.temperature, other.clip):
+            raise InputError(
+                "Sums at different temperatures or clips cannot be added: "
+                f"T = {self.temperature:g} and {other.temperature:g}, "
+                f"clips {self.clip} and {other.clip}."
+            )
+        return replace(
+            self,
+            weights=self.weights + other.weights,
+            neurons_mean=self.neurons_mean + other.neurons_mean,
+            neurons_gradient=self.neurons_gradient + other.neurons_gradient,
+            neurons_taylor=self.neurons_taylor + other.neurons_taylor,
+            count=self.count + other.count,
+        )
+
+    def mean(self) -> Sensitivity:
+        """The sensitivities.
+
+        Raises:
+            InputError: there were no samples.
+        """
+        m = positive(self.count)
+        return Sensitivity(
+            self.weights / m,
+            self.neurons_mean / m,
+            self.neurons_gradient / m,
+            self.neurons_taylor / m,
+            m,
+            self.temperature,
+            self.clip,
+        )
+
+
+def positive(count: int) -> int:
+    if count == 0:
+        raise InputError("The sensitivity of no samples is undefined: the training set is empty.")
+    return count
+
+
+def probabilities(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    temperature: float = 1.0,
+    clip: float | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features h (B, L) as the head sees them and p = softmax(f/T) (B, K), float64, in batches.
+
+    Raises:
+        InputError: shapes disagree, values are not finite, or T is not positive.
+    """
+    check_head(features, weight, bias, temperature)
+    weight, bias = (each.to(features.device).double() for each in (weight, bias))
+    for h in features.split(BATCH):
+        h = h.double() if clip is None else h.double().clamp(max=clip)
+        yield h, torch.softmax(logits(h, weight, bias) / temperature, dim=1)
+
+
+def halved(first: SensitivitySums, second: SensitivitySums) -> Sensitivity:
+    """The sensitivities of two halves of the training samples together, which keep either half's.
+
+    Raises:
+        InputError: there were no samples, or the halves are of different heads or settings.
+    """
+    total = (first + second).mean()
+    if first.count == 0 or second.count == 0:
+        return total
+    return replace(total, halves=(first.mean(), second.mean()))
+
+
+def measure(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    temperatures: Sequence[float] = (1.0,),
+    clips: Sequence[float | None] = (None,),
+) -> list[Sensitivity]:
+    """The sensitivities at every temperature and clip, each with its halves (every other sample).
+
+    Args:
+        features: penultimate features of the training samples, shape (N, L), N ≥ 1.
+        weight: head weight W, shape (K, L).
+        bias: head bias b, shape (K,).
+        temperatures: T of the energy.
+        clips: values at which features are clipped from above, see `clip_threshold`; None: not.
+
+    Raises:
+        InputError: shapes disagree, N = 0, values are not finite, or T is not positive.
+    """
+    return [
+        halved(
+            *(
+                SensitivitySums.of(half, weight, bias, temperature, clip)
+                for half in (features[::2], features[1::2])
+            )
+        )
+        for clip, temperature in product(clips, temperatures)
+    ]
+
+
+def parameter_sensitivity(
+    features: Tensor, weight: Tensor, bias: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Parameter sensitivity M_ij = (1/m) Σ_k |∂E(x_k)/∂W_ij|, without a backward pass.
+
+    Args:
+        features: penultimate features of the training samples, shape (N, L), N ≥ 1.
+        weight: head weight W, shape (K, L).
+        bias: head bias b, shape (K,).
+        temperature: T of the energy.
+
+    Returns:
+        M, shape (K, L), float64, on the CPU.
+
+    Raises:
+        InputError: shapes disagree, N = 0, values are not finite, or T is not positive.
+
+    Source: Chen et al., NeurIPS 2023, arXiv 2402.10062.
+
+    >>> h, W, b = torch.rand(100, 8), torch.randn(3, 8), torch.zeros(3)
+    >>> parameter_sensitivity(h, W, b).shape
+    torch.Size([3, 8])
+    """
+    total = torch.zeros(weight.shape, dtype=torch.float64, device=features.device)
+    for h, p in probabilities(features, weight, bias, temperature):
+        total += p.T @ h.abs()
+    return total.cpu() / positive(len(features))
+
+
+def neuron_sensitivity(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    temperature: float = 1.0,
+    kind: NeuronSensitivity = "mean",
+) -> Tensor:
+    """Neuron sensitivity N by one of three definitions; see the module's formulas.
+
+    Args:
+        features: penultimate features of the training samples, shape (N, L), N ≥ 1.
+        weight: head weight W, shape (K, L).
+        bias: head bias b, shape (K,).
+        temperature: T of the energy.
+        kind: ``mean`` (the paper's), ``gradient`` or ``taylor``.
+
+    Returns:
+        N, shape (L,), float64, on the CPU.
+
+    Raises:
+        InputError: as `parameter_sensitivity`, or the kind is unknown.
+
+    Source: Chen et al., NeurIPS 2023, arXiv 2402.10062.
+    """
+    return SensitivitySums.of(features, weight, bias, temperature).mean().neurons(kind)

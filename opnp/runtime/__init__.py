@@ -1,0 +1,1 @@
+"""What every room stands on: files, tensors, storage, devices, seeds and progress."""

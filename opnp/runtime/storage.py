@@ -1,0 +1,300 @@
+"""Storage: a folder at any fsspec URL, through which workers without a shared disk exchange files.
+
+`URL/files/SHA256` holds a file under the digest of its contents; `URL/results/SHA256` says, under
+the digest of what a result is made from, which of the files is that result. So nothing here is ever
+changed or mixed up, whoever writes it, and everything may be deleted: it is made again.
+"""
+
+import hashlib
+import io
+import json
+import re
+import tempfile
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import chdir, contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from opnp.errors import InputError, UnavailableError
+from opnp.runtime.files import atomic, digest, full_disk, remove_others
+
+__all__ = ["RemoteFile", "Storage"]
+
+# Where an object is there whole or not at all; elsewhere it is written beside and then renamed.
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "r2"}
+
+NOTE = "Workers of OPNP exchange files here. All of it may be deleted: it is made again.\n"
+
+
+class Storage:
+    """The storage at a URL.
+
+    Args:
+        url: of a folder: ``s3://BUCKET/FOLDER``, ``file:///FOLDER`` or any other that fsspec knows;
+            credentials are taken from the environment, as its library does.
+
+    Raises:
+        InputError: nothing installed here knows such a URL.
+    """
+
+    def __init__(self, url: str) -> None:
+        import fsspec  # which costs commands that use no storage nothing
+
+        self.url = url.rstrip("/")
+        try:
+            # What others write must be seen at once.
+            self.system, self.root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise InputError(
+                f"engine.storage: {self.url} cannot be opened ({said(error)}): correct it, or "
+                "install its library (for S3: `pip install 'opnp[s3]'`)."
+            ) from None
+        protocols = self.system.protocol
+        names = {protocols} if isinstance(protocols, str) else set(protocols)
+        self.renames = not names & OBJECT_STORES
+
+    def check(self) -> None:
+        """Write and read a note there.
+
+        Raises:
+            InputError: the bucket is missing, or credentials or rights do not suffice.
+            UnavailableError: the storage could not be reached.
+        """
+        self.write("README.txt", NOTE.encode())
+        self.read("README.txt")
+
+    def put(self, path: Path, sha256: str | None = None, replace: bool = False) -> str:
+        """Bring a file here, unless it is here already.
+
+        Args:
+            path: the file.
+            sha256: its digest, where that is known: it is then read only if it must be brought.
+            replace: bring it in any case.
+
+        Returns:
+            The digest, under which `get` and `open` find it.
+
+        Raises:
+            InputError: the file is missing, or its digest is another.
+            UnavailableError: the storage could not be reached.
+        """
+        if not path.is_file():
+            raise InputError(f"{path} is missing: run the stage that makes it again.")
+        name = f"files/{sha256 or digest(path)}"
+        if not replace and self.size(name) == path.stat().st_size:
+            return name.removeprefix("files/")
+        if sha256 and digest(path) != sha256:
+            raise InputError(
+                f"{path} has another SHA-256 than was recorded: run the stage that makes it again."
+            )
+        with self.reached(name), self.whole(name) as target:
+            self.system.put_file(str(path), target)
+        return name.removeprefix("files/")
+
+    def get(self, sha256: str, path: Path) -> None:
+        """Bring the file of a digest to ``path``, atomically, unless it lies there already.
+
+        Raises:
+            InputError: it is missing or damaged in the storage.
+            UnavailableError: the storage could not be reached.
+        """
+        if path.is_file() and digest(path) == sha256:
+            return
+        name = f"files/{sha256}"
+        with atomic(path) as temporary:
+            with self.reached(name):
+                self.system.get_file(f"{self.root}/{name}", str(temporary))
+            if digest(temporary) != sha256:
+                raise InputError(
+                    f"{self.url}/{name} is damaged (its digest differs): delete it and run again."
+                )
+
+    def open(self, sha256: str) -> "RemoteFile":
+        """The file of a digest, to be read in parts; nothing of it is verified.
+
+        Raises:
+            InputError: it is missing in the storage.
+            UnavailableError: the storage could not be reached.
+        """
+        return RemoteFile(self, f"files/{sha256}")
+
+    def compute(
+        self,
+        inputs: Mapping[Path, str],
+        path: Path,
+        origin: Callable[[], dict[str, Any]],
+        compute: Callable[[], bool],
+    ) -> tuple[bool, str]:
+        """Make a file in this process's own workspace and bring it here, unless it is here already.
+
+        Args:
+            inputs: what the workspace must hold, with the digests it has here.
+            path: the file, relative to the workspace.
+            origin: says, in the workspace, what the file is to be made from.
+            compute: makes it, in the workspace, unless it lies there whole; says whether it did.
+
+        Returns:
+            Whether it was made, and its digest.
+
+        Raises:
+            InputError: an input is missing or damaged in the storage.
+            UnavailableError: the storage could not be reached.
+        """
+        with self.workspace(inputs):
+            made_from = origin()
+            found = self.result(made_from)
+            if found:
+                try:
+                    self.get(found, path)
+                except UnavailableError:
+                    raise
+                except InputError:  # it was deleted or damaged: it is made again
+                    pass
+            if not compute() and found:
+                return False, found
+            sha256 = self.put(path, replace=True)
+            self.record(made_from, sha256)
+            return True, sha256
+
+    @contextmanager
+    def workspace(self, inputs: Mapping[Path, str]) -> Iterator[None]:
+        """Run the block in a folder of this process's own that holds exactly ``inputs``.
+
+        The current folder is the process's: its threads, if there are several, wait for each other.
+        """
+        with one_at_a_time, chdir(own_folder().name):
+            remove_others(Path(), set(inputs))
+            for path, sha256 in inputs.items():
+                self.get(sha256, path)
+            yield
+
+    def result(self, origin: dict[str, Any]) -> str | None:
+        """The digest of the result that is made from ``origin``; None if there is none."""
+        name = result_name(origin)
+        if self.size(name) is None:
+            return None
+        found = self.read(name).decode(errors="replace")
+        return found if re.fullmatch("[0-9a-f]{64}", found) else None
+
+    def record(self, origin: dict[str, Any], sha256: str) -> None:
+        """Say which file, brought here before, is the result that is made from ``origin``."""
+        self.write(result_name(origin), sha256.encode())
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object; None if it is not there."""
+        with self.reached(name):
+            try:
+                return int(self.system.info(f"{self.root}/{name}")["size"])
+            except FileNotFoundError:
+                return None
+
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
+        """Bytes ``start`` to ``stop`` of an object."""
+        with self.reached(name):
+            return bytes(self.system.cat_file(f"{self.root}/{name}", start=start, end=stop))
+
+    def write(self, name: str, data: bytes) -> None:
+        with self.reached(name), self.whole(name) as target:
+            self.system.pipe_file(target, data)
+
+    @contextmanager
+    def whole(self, name: str) -> Iterator[str]:
+        """Yield where to write an object, so that no reader ever sees a part of it."""
+        target = f"{self.root}/{name}"
+        if not self.renames:
+            yield target
+            return
+        self.system.makedirs(target.rpartition("/")[0], exist_ok=True)
+        beside = f"{target}.{uuid.uuid4().hex}.part"
+        try:
+            yield beside
+            self.system.mv(beside, target)
+        except BaseException:
+            if self.system.exists(beside):
+                self.system.rm_file(beside)
+            raise
+
+    @contextmanager
+    def reached(self, name: str) -> Iterator[None]:
+        """Tell what fails in one sentence; what may pass as an UnavailableError."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise InputError(
+                f"engine.storage: {self.url}/{name} is missing ({said(error)}): create the bucket "
+                "or folder, or run again, which brings what was deleted."
+            ) from error
+        except PermissionError as error:
+            raise InputError(
+                f"engine.storage: {self.url} refuses access ({said(error)}): check the credentials "
+                "in the environment and their rights to read and write."
+            ) from error
+        except Exception as error:  # every library has exceptions of its own
+            if isinstance(error, OSError) and full_disk(error):
+                raise
+            raise UnavailableError(
+                f"engine.storage: {self.url} could not be reached ({said(error)}): check the URL, "
+                "the credentials in the environment and the network, and run again."
+            ) from error
+
+
+class RemoteFile(io.RawIOBase):
+    """A file in a storage, of which only the parts are fetched that are read.
+
+    Attributes:
+        fetched: bytes fetched so far.
+    """
+
+    def __init__(self, storage: Storage, name: str) -> None:
+        size = storage.size(name)
+        if size is None:
+            raise InputError(f"engine.storage: {storage.url}/{name} is missing: run again.")
+        self.storage, self.name, self.size = storage, name, size
+        self.at = self.fetched = 0
+
+    def __str__(self) -> str:
+        return f"{self.storage.url}/{self.name}"
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence]
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self.at + len(buffer), self.size)
+        if stop <= self.at:
+            return 0
+        data = self.storage.read(self.name, self.at, stop)
+        buffer[: len(data)] = data
+        self.at += len(data)
+        self.fetched += len(data)
+        return len(data)
+
+
+one_at_a_time = threading.Lock()
+
+
+@cache
+def own_folder() -> "tempfile.TemporaryDirectory[str]":
+    """A temporary folder for as long as this process lives."""
+    return tempfile.TemporaryDirectory(prefix="opnp-worker-")
+
+
+def result_name(origin: dict[str, Any]) -> str:
+    return f"results/{hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()}"
+
+
+def said(error: Exception) -> str:
+    """What an exception says, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

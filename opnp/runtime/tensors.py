@@ -1,0 +1,60 @@
+"""Named tensors with metadata and a checksum on disk: safetensors, never pickle."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from opnp.errors import InputError
+from opnp.runtime.files import atomic
+
+__all__ = ["load", "save"]
+
+# safetensors writes its metadata in an order of its own, another in every process. One entry, which
+# holds all of ours as JSON, has only one order, so that the same contents make the same file.
+ENTRY = "opnp"
+
+
+def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write tensors and JSON-compatible metadata atomically; same contents, same bytes."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {**metadata, "checksum": checksum(contiguous, metadata)}
+    with atomic(path) as temporary:
+        save_file(contiguous, temporary, {ENTRY: json.dumps(metadata)})
+
+
+def checksum(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
+    sha = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def load(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read tensors and metadata; metadata are empty in a file that `save` did not write.
+
+    Args:
+        path: the file.
+        remedy: what to do if it is missing or damaged, for the error message.
+
+    Raises:
+        InputError: the file is missing, truncated, altered or no safetensors file.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path} is missing: {remedy}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = json.loads((file.metadata() or {}).get(ENTRY, "{}"))
+            expected = metadata.pop("checksum", None)
+    except (OSError, SafetensorError, ValueError, AttributeError) as error:
+        raise InputError(f"{path} is damaged ({error}): {remedy}.") from None
+    if expected and expected != checksum(tensors, metadata):
+        raise InputError(f"{path} is damaged (its checksum differs): {remedy}.")
+    return tensors, metadata

@@ -1,0 +1,69 @@
+"""The connection to MLflow: where it is, and how values are logged within its limits."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+__all__ = ["experiment_name", "tracking_uri"]
+
+
+# What MLflow takes at most: values of parameters, in characters, and what one request may hold.
+LONGEST = 6000
+PARAMETERS_AT_ONCE, METRICS_AT_ONCE = 100, 900
+
+PARENT = "mlflow.parentRunId"
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, else an SQLite file in the workspace."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+
+
+def experiment_name() -> str:
+    """MLFLOW_EXPERIMENT_NAME, else opnp."""
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or "opnp"
+
+
+def first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, keys joined by slashes."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flattened(value, f"{prefix}{key}/")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def quiet_mlflow() -> Any:
+    """MLflow, which takes seconds to import, without its news of migrations and its progress."""
+    import logging
+
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.pyfunc"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    import mlflow
+
+    return mlflow
+
+
+def experiment_id(client: Any) -> str:
+    """Of the experiment, which is made if there is none yet."""
+    name = experiment_name()
+    known = client.get_experiment_by_name(name)
+    return str(known.experiment_id if known else client.create_experiment(name))
+
+
+def log_values(client: Any, run: str, time: int, values: dict[str, Any]) -> None:
+    """Log parameters and metrics, which may be there already, in requests that MLflow takes."""
+    from mlflow.entities import Metric, Param
+
+    metrics = [Metric(key, value, time, 0) for key, value in values["metrics"].items()]
+    parameters = [Param(key, str(value)[:LONGEST]) for key, value in values["parameters"].items()]
+    while metrics or parameters:
+        client.log_batch(run, metrics[:METRICS_AT_ONCE], parameters[:PARAMETERS_AT_ONCE])
+        metrics, parameters = metrics[METRICS_AT_ONCE:], parameters[PARAMETERS_AT_ONCE:]

@@ -1,0 +1,194 @@
+"""The detectors of an experiment, as versions of one registered model in MLflow.
+
+The registered model is named like the experiment. The alias ``champion`` names the version that is
+in use, ``challenger`` the one that may replace it; a version's tag ``replaced`` names the version
+that was champion before it, which `rollback` brings back.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from opnp.deployment.detector import SavedDetector
+from opnp.deployment.detector import load as load_detector
+from opnp.errors import InputError
+from opnp.tracking.mlflow_client import experiment_name, first_line, quiet_mlflow, tracking_uri
+from opnp.tracking.models import log_model
+
+__all__ = ["CHALLENGER", "CHAMPION", "champion", "load", "promote", "register", "rollback", "uri"]
+
+CHAMPION, CHALLENGER = "champion", "challenger"
+REPLACED, DIGEST = "replaced", "detector.digest"
+
+
+def register(
+    folder: Path | str,
+    alias: str | None = CHALLENGER,
+    run: str | None = None,
+    trust: str | None = None,
+    metrics: dict[str, float] | None = None,
+) -> str:
+    """Log a detector's folder as an MLflow model, and register it; a detector is registered once.
+
+    Args:
+        folder: the detector.
+        alias: to give to the version; None: none.
+        run: id of the MLflow run that made it, if one did.
+        trust: the ``package.module:factory`` that may run, if its model is one.
+        metrics: to show beside the model, with those of its search.
+
+    Returns:
+        The version.
+
+    Raises:
+        InputError: the folder is no detector, or MLflow cannot be reached.
+    """
+    detector = load_detector(folder, trust=trust)
+    client, name = registry(), experiment_name()
+    with told():
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        known = client.search_model_versions(
+            f"name = '{name}' and tags.`{DIGEST}` = '{detector.digest}'"
+        )
+        if known:
+            version = str(known[0].version)
+        else:
+            model = log_model(client, Path(folder), run, trust, metrics)
+            tags = {DIGEST: detector.digest}
+            made = client.create_model_version(
+                name, f"models:/{model.model_id}", run, tags, model_id=model.model_id
+            )
+            version = str(made.version)
+            linked = json.dumps([{"name": name, "version": made.version}])
+            client.set_logged_model_tags(model.model_id, {"mlflow.modelVersions": linked})
+        if alias:
+            client.set_registered_model_alias(name, alias, version)
+    return version
+
+
+def promote(version: str | None = None) -> str:
+    """Make a version champion, the challenger unless one is named, and remember the one before.
+
+    Returns:
+        The version.
+
+    Raises:
+        InputError: there is no such version, or MLflow cannot be reached.
+    """
+    client, name = registry(), experiment_name()
+    with told():
+        aliases = aliases_of(client, name)
+        version = version or aliases.get(CHALLENGER)
+        if version is None:
+            raise InputError("There is no challenger: make one with `opnp register`.")
+        client.get_model_version(name, version)
+        before = aliases.get(CHAMPION)
+        if before != version:
+            # The alias comes last: what fails earlier leaves the champion as it is.
+            if before:
+                client.set_model_version_tag(name, version, REPLACED, before)
+            client.set_registered_model_alias(name, CHAMPION, version)
+        if aliases.get(CHALLENGER) == version:
+            client.delete_registered_model_alias(name, CHALLENGER)
+    return version
+
+
+def rollback() -> str:
+    """Bring back the champion before this one.
+
+    Returns:
+        Its version.
+
+    Raises:
+        InputError: there is none, or MLflow cannot be reached.
+    """
+    client, name = registry(), experiment_name()
+    with told():
+        now = aliases_of(client, name).get(CHAMPION)
+        if now is None:
+            raise InputError("There is no champion to roll back: make one with `opnp promote`.")
+        before = client.get_model_version(name, now).tags.get(REPLACED)
+        if before is None:
+            raise InputError(f"Version {now} replaced no other: there is nothing to roll back to.")
+        client.set_registered_model_alias(name, CHAMPION, before)
+    return str(before)
+
+
+def champion(trust: str | None = None, device: torch.device | str = "cpu") -> SavedDetector | None:
+    """The detector that is in use; None before the first promotion.
+
+    Raises:
+        InputError: it is damaged, its code is not trusted, or MLflow cannot be reached.
+    """
+    client, name = registry(), experiment_name()
+    with told():
+        version = aliases_of(client, name).get(CHAMPION)
+    return None if version is None else load(version, trust, device)
+
+
+def load(
+    version: str, trust: str | None = None, device: torch.device | str = "cpu"
+) -> SavedDetector:
+    """The detector that a version is, with nothing of the code that was logged with it.
+
+    Raises:
+        InputError: there is none, its code is not trusted, or MLflow cannot be reached.
+    """
+    mlflow, client, name = quiet_mlflow(), registry(), experiment_name()
+    with told(), TemporaryDirectory() as temporary:
+        source = client.get_model_version_download_uri(name, version)
+        folder = mlflow.artifacts.download_artifacts(
+            artifact_uri=f"{source.rstrip('/')}/data",
+            dst_path=temporary,
+            tracking_uri=tracking_uri(),
+        )
+        (detector,) = Path(folder).iterdir()
+        return load_detector(detector, device, trust)
+
+
+def uri(alias: str) -> str:
+    """Of the model that an alias names, for MLflow in this process.
+
+    Raises:
+        InputError: no version has the alias, or MLflow cannot be reached.
+    """
+    client, name = registry(), experiment_name()
+    with told():
+        if alias not in aliases_of(client, name):
+            raise InputError(f"No version of {name} is {alias}: see `opnp register`.")
+    return f"models:/{name}@{alias}"
+
+
+def registry() -> Any:
+    """A client of MLflow at `tracking_uri`, which this process's MLflow then knows as its store.
+
+    A registry looks for the models of its versions there, whatever store its client was given.
+    """
+    mlflow, uri = quiet_mlflow(), tracking_uri()
+    mlflow.set_tracking_uri(uri)
+    return mlflow.MlflowClient(uri, registry_uri=uri)
+
+
+def aliases_of(client: Any, name: str) -> dict[str, str]:
+    """Versions by their aliases; none where nothing is registered."""
+    found = client.search_registered_models(f"name = '{name}'")
+    return {alias: str(version) for alias, version in found[0].aliases.items()} if found else {}
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """What MLflow raises, told in a sentence."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        raise InputError(
+            f"MLflow at {tracking_uri()} refused, or could not be reached ({first_line(error)})."
+        ) from error

@@ -1,0 +1,254 @@
+"""A detector in MLflow: registered, promoted, rolled back, and served over HTTP on loopback."""
+
+import base64
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+import pytest
+from PIL import Image
+
+from opnp.cli import app
+from opnp.deployment.detector import SavedDetector
+from opnp.deployment.detector import load as load_detector
+from opnp.errors import InputError
+from opnp.tracking import registry
+from tests.conftest import run_program
+from tests.helpers import own_model
+
+SPEC = own_model.SPEC
+PAGE = Path(__file__).parents[2] / "docs" / "serving.md"
+NO_URI = {"MLFLOW_TRACKING_URI": "", "MLFLOW_EXPERIMENT_NAME": ""}
+JSON = {"content-type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def registered(
+    own: Path, detector_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """A workspace with a champion and, of another seed of the bootstrap, its successor."""
+    folder = tmp_path_factory.mktemp("registered")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in NO_URI.items():
+            patch.setenv(name, value)
+        patch.chdir(folder)
+        shutil.copytree(own, folder, dirs_exist_ok=True)
+        first = load_detector(detector_folder, trust=SPEC)
+        made = {**first.made, "seed": 1}
+        SavedDetector(
+            first.backbone, first.mask, first.candidate, first.sensitivity, first.threshold, made
+        ).save("second")
+        yield folder
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def started(words: list[str], cwd: Path, port: int) -> Iterator[str]:
+    """A server on loopback, once it answers; stopped with what it started."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    with (cwd / "server.log").open("wb") as log:
+        server = subprocess.Popen(
+            words,
+            cwd=cwd,
+            env={**os.environ, **NO_URI, "PATH": path},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        late = time.monotonic() + 120
+        while True:
+            try:
+                urlopen(f"{address}/ping", timeout=5).close()
+                break
+            except (URLError, ConnectionError):
+                assert server.poll() is None, (cwd / "server.log").read_text()
+                assert time.monotonic() < late, (cwd / "server.log").read_text()
+                time.sleep(0.2)
+        yield address
+    finally:
+        with suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(server.pid, 15)
+        server.wait(30)
+
+
+def ask(address: str, body: Any, headers: dict[str, str] = JSON) -> tuple[int, Any]:
+    """Status and JSON of an answer."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        with urlopen(Request(f"{address}/invocations", data, headers), timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except HTTPError as error:
+        return error.code, json.loads(error.read())
+
+
+def rows(*images: bytes) -> dict[str, Any]:
+    return {"dataframe_records": [{"image": base64.b64encode(i).decode()} for i in images]}
+
+
+def absurd() -> bytes:
+    """A whole PNG header that states 60,000 × 60,000 pixels, and no pixels."""
+    file = BytesIO()
+    Image.new("L", (8, 8)).save(file, "png")
+    head = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + file.getvalue()[24:29]
+    return file.getvalue()[:12] + head + zlib.crc32(head).to_bytes(4, "big") + file.getvalue()[33:]
+
+
+def test_champions_follow_and_return(registered: Path, detector_folder: Path) -> None:
+    assert registry.champion(SPEC) is None
+    with pytest.raises(InputError, match="no challenger"):
+        registry.promote()
+    with pytest.raises(InputError, match="no champion to roll back"):
+        registry.rollback()
+    first = registry.register(detector_folder, trust=SPEC, metrics={"mean/fpr95": 12.5})
+    assert registry.register(detector_folder, trust=SPEC) == first  # once
+    assert registry.champion(SPEC) is None
+    assert registry.promote() == first == registry.promote(first)
+    with pytest.raises(InputError, match="replaced no other"):
+        registry.rollback()
+    second = registry.register("second", trust=SPEC)
+    assert second != first
+    assert registry.promote() == second
+    found = registry.champion(SPEC)
+    assert found is not None
+    assert found.digest == load_detector("second", trust=SPEC).digest
+    with pytest.raises(InputError, match="wants to run the code of network:Network"):
+        registry.champion()
+    with pytest.raises(InputError, match="refused"):
+        registry.promote("7")
+    assert registry.rollback() == first
+    found = registry.champion(SPEC)
+    assert found is not None
+    assert found.digest == load_detector(detector_folder, trust=SPEC).digest
+
+    client = registry.registry()
+    version = client.get_model_version("opnp", first)
+    model = client.get_logged_model(version.source.removeprefix("models:/"))
+    shown = {metric.key: metric.value for metric in model.metrics}
+    assert shown["mean/fpr95"] == 12.5
+    assert shown["detector/accuracy"] > 90
+    assert model.params["backbone"] == SPEC
+    assert model.source_run_id
+    assert client.get_run(model.source_run_id).info.status == "FINISHED"
+
+
+def test_what_is_logged(registered: Path) -> None:
+    import mlflow
+    import pandas as pd
+
+    model = mlflow.pyfunc.load_model(registry.uri("champion"))
+    files = sorted(Path("images/others").iterdir())[:3]
+    found = model.predict(pd.DataFrame({"image": [file.read_bytes() for file in files]}))
+    detector = registry.champion(SPEC)
+    assert detector is not None
+    expected = detector.score(files)
+    assert found["score"].tolist() == pytest.approx(expected.score.tolist(), abs=1e-5)
+    assert found["is_ood"].tolist() == expected.is_ood.tolist()
+    assert found["predicted"].tolist() == expected.predicted
+    assert len(model.predict(model.input_example)) == 1
+    folder = Path(mlflow.artifacts.download_artifacts(registry.uri("champion"), dst_path="got"))
+    lines = (folder / "requirements.txt").read_text().split()
+    assert all(re.fullmatch(r"[a-z-]+==[\w.+]+", line) for line in lines), lines
+    assert (folder / "code" / "network.py").is_file()
+    assert not [path for path in folder.rglob("*") if path.suffix in {".pkl", ".pickle", ".pyc"}]
+
+
+def test_mlflow_serves_it(registered: Path) -> None:
+    port, files = free_port(), sorted((registered / "images" / "others").iterdir())[:2]
+    command = f"mlflow models serve -m models:/opnp@champion --env-manager local -p {port}"
+    store = {"MLFLOW_TRACKING_URI": f"sqlite:///{registered / 'mlflow.db'}"}
+    words = ["env", *(f"{key}={value}" for key, value in store.items()), *shlex.split(command)]
+    images = [file.read_bytes() for file in files]
+    with started(words, registered, port) as address:
+        status, good = ask(address, rows(*images))
+        assert status == 200, good
+        assert [set(row) for row in good["predictions"]] == [{"score", "is_ood", "predicted"}] * 2
+        for body, said in (
+            (rows(b"no image"), "image 0 is not a whole image"),
+            (rows(images[0], images[1][:60]), "image 1 is not a whole image"),
+            (rows(absurd()), "pixels"),
+            (rows(*images[:1] * 65), "65 images has more than the 64 allowed"),
+            (rows(b"x" * 20_000_001), "20000001 bytes, more than the 20000000"),
+            ({"dataframe_records": [{"picture": "x"}]}, "image"),
+            ({"dataframe_records": []}, ""),
+            (b"{", "valid JSON"),
+            ([], "exactly one of the input fields"),
+        ):
+            status, bad = ask(address, body)
+            assert status == 400, bad
+            assert said in bad["message"]
+        assert ask(address, rows(*images)) == (200, good)  # it lives on
+
+
+def check_limits(address: str, port: int, image: bytes) -> None:
+    """The server refuses requests of more than 100,000 bytes, and lives on."""
+    status, good = ask(address, rows(image))
+    assert status == 200, good
+    status, bad = ask(address, b" " * 100_001)
+    assert (status, bad["message"]) == (413, "A request may be of 100000 bytes.")
+    with socket.create_connection(("127.0.0.1", port)) as wire:  # of no stated length
+        wire.sendall(
+            b"POST /invocations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            b"transfer-encoding: chunked\r\n\r\n" + (b"8000\r\n" + b" " * 0x8000 + b"\r\n") * 4
+        )
+        assert wire.recv(1000).startswith(b"HTTP/1.1 413")
+    assert ask(address, rows(image)) == (200, good)
+
+
+def run_line(line: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Run a command of the page: the program's in this process, which has MLflow already."""
+    if not line.startswith("opnp "):
+        done = run_program("bash", "-c", line, cwd=folder)
+        assert done.returncode == 0, (line, done.stderr)
+        assert "predicted" in done.stdout
+        return
+    patch.setattr(sys, "argv", shlex.split(line))
+    with pytest.raises(SystemExit) as stop:
+        app.main()
+    assert not stop.value.code, (line, stop.value.code)
+
+
+def test_the_page(registered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command on it, in its order, and its Python, while the server that it starts runs."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    shutil.copytree("second", "detector", dirs_exist_ok=True)
+    blocks = re.findall(r"```console\n(.*?)```", PAGE.read_text(), re.S)
+    lines = [line.removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    (serving,) = [line for line in lines if line.startswith("opnp serve")]
+    before = lines[: lines.index(serving)]
+    after = lines[lines.index(serving) + 1 :]
+    assert len(before) >= 2
+    assert len(after) >= 2
+    for line in before:
+        run_line(line, registered, monkeypatch)
+    port = free_port()
+    words = shlex.split(serving.replace("5000 ", f"{port} ").replace("50000000", "100000"))
+    (python,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S)
+    image = next((registered / "images" / "others").iterdir()).read_bytes()
+    with started(words, registered, port) as address:
+        check_limits(address, port, image)
+        for line in after:
+            run_line(line.replace("5000", str(port)), registered, monkeypatch)
+        names: dict[str, Any] = {}
+        exec(python.replace("5000", str(port)), names)
+        assert names["answer"]["predictions"][0]["predicted"] in own_model.CLASSES
