@@ -1,7 +1,7 @@
 """Means over OOD sets, and detectors ranked by a metric.
 
-A column of the comparison is an OOD set, the mean over the `near` or the `far` sets, or the `mean`
-over all of them.
+A column of the comparison is one OOD set, the mean over the ``near`` or the ``far`` sets, or the
+``mean`` over all sets.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,10 +10,10 @@ __all__ = ["columns", "lower_is_better", "ranked", "ranks", "with_means"]
 
 
 Metrics = Mapping[str, Mapping[str, float]]
-"""Metrics by name, of each column."""
+"""The metrics of each column, by name."""
 
 Intervals = Mapping[str, Mapping[str, Mapping[str, float]]]
-"""``low`` and ``high`` of each metric, of each column."""
+"""``low`` and ``high`` of each column's metrics."""
 
 KINDS = ("near", "far")
 
@@ -23,7 +23,7 @@ def lower_is_better(metric: str) -> bool:
 
 
 def columns(kinds: Mapping[str, str]) -> list[str]:
-    """The columns in the order of tables: near sets and their mean, far sets and theirs, mean.
+    """The columns of a table, in order: near sets, their mean, far sets, their mean, overall mean.
 
     Args:
         kinds: ``near`` or ``far`` for each OOD set.
@@ -43,8 +43,8 @@ def with_means(by_set: Metrics, kinds: Mapping[str, str]) -> dict[str, dict[str,
         kinds: ``near`` or ``far`` for each of these sets.
 
     Returns:
-        The same, and every metric's mean as ``near`` and ``far``, where there are such sets, and
-        ``mean``.
+        ``by_set``, extended by the means of every metric: ``near`` and ``far`` if there are sets of
+        that kind, and ``mean``.
     """
     groups = {kind: [name for name in by_set if kinds[name] == kind] for kind in KINDS}
     groups["mean"] = list(by_set)
@@ -59,28 +59,28 @@ def with_means(by_set: Metrics, kinds: Mapping[str, str]) -> dict[str, dict[str,
 def ranks(
     detectors: Mapping[str, Metrics], sets: Sequence[str], metric: str = "fpr95"
 ) -> dict[str, dict[str, float]]:
-    """The place of each detector on each OOD set, 1 for the best.
+    """Rank the detectors on each OOD set, 1 for the best.
 
-    Detectors that are equal share the mean of the places they take together.
+    Tied detectors share the mean of the ranks they span (`scipy.stats.rankdata`, "average").
 
     Args:
-        detectors: metrics of each detector.
+        detectors: the metrics of each detector.
         sets: the OOD sets.
-        metric: what decides.
+        metric: the metric to rank by.
 
     Returns:
-        For each detector: its rank on each set, and their ``mean``.
+        For each detector, its rank on each set and the ``mean`` of these ranks.
     """
+    from scipy.stats import rankdata  # here, because the import takes a second or two
+
     sign = 1 if lower_is_better(metric) else -1
-    found: dict[str, dict[str, float]] = {name: {} for name in detectors}
-    for column in sets:
-        # Rounded, so that sums in another order do not part what is equal.
-        values = {name: round(sign * by[column][metric], 9) for name, by in detectors.items()}
-        for name, value in values.items():
-            better = sum(other < value for other in values.values())
-            equal = sum(other == value for other in values.values())
-            found[name][column] = better + (equal + 1) / 2
-    return {name: {**of, "mean": sum(of.values()) / len(of)} for name, of in found.items()}
+    # Rounding keeps ties that only the order of a sum would break.
+    values = [[round(sign * by[name][metric], 9) for name in sets] for by in detectors.values()]
+    places = rankdata(values, axis=0).tolist()
+    return {
+        name: {**dict(zip(sets, row, strict=True)), "mean": sum(row) / len(row)}
+        for name, row in zip(detectors, places, strict=True)
+    }
 
 
 def ranked(
@@ -88,7 +88,7 @@ def ranked(
     places: Mapping[str, Mapping[str, float]],
     metric: str = "fpr95",
 ) -> list[str]:
-    """Detectors by mean rank, best first; the mean of the metric parts those of equal rank."""
+    """Sort the detectors by mean rank, best first; the metric's mean breaks ties."""
     sign = 1 if lower_is_better(metric) else -1
     return sorted(
         detectors, key=lambda name: (places[name]["mean"], sign * detectors[name]["mean"][metric])
