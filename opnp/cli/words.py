@@ -75,12 +75,14 @@ def describe(of: dict[str, Any]) -> str:
     threshold, mask, made, score = of["threshold"], of["mask"], of["made"], of["score"]
     found, size = made["search"], of["preprocessing"]["size"]
     clip = "" if score["clip"] is None else f", features clipped at {score['clip']:.4g}"
+    ends = [threshold[end] for end in ("low", "high")]
+    low, high = ("unbounded" if end is None else f"{end:.4g}" for end in ends)
     lines = {
         "model": f"{of['model']['name']}, {of['features']} features, {len(of['classes'])} classes",
         "images": f"{size} × {size}, {of['preprocessing']['mode']}",
         "score": f"{score['name']}, T = {score['temperature']:g}{clip}; larger means OOD",
-        "threshold": f"{threshold['value']:.4g} ({threshold['low']:.4g} to {threshold['high']:.4g})"
-        f" accepts {threshold['accept']:g} % of {threshold['samples']} ID validation images",
+        "threshold": f"{threshold['value']:.4g} (95 % interval {low} to {high}) accepts "
+        f"{threshold['accept']:g} % of {threshold['samples']} ID validation images",
         "pruned": f"{mask['pruned']:.1f} % of the head: of the weights the lowest "
         f"{mask['weights_low']:g} % and the highest {mask['weights_high']:g} %, of the neurons "
         f"{mask['neurons_low']:g} % and {mask['neurons_high']:g} % ({mask['neuron_sensitivity']})",

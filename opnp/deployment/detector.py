@@ -104,13 +104,12 @@ class SavedDetector:
         features: Tensor,
         made: dict[str, Any],
         accept: float = 95.0,
-        seed: int = 0,
     ) -> Self:
         """A detector whose threshold accepts ``accept`` % of ID validation features (N, L)."""
         everything = Threshold(inf, 100.0, inf, inf, 0)
         open_gate = cls(backbone, mask, candidate, sensitivity, everything, made)
         scores = torch.from_numpy(open_gate.predict_features(features).score)
-        return replace(open_gate, threshold=Threshold.of(scores, accept, seed=seed))
+        return replace(open_gate, threshold=Threshold.of(scores, accept))
 
     @property
     def device(self) -> torch.device:

@@ -280,9 +280,7 @@ def fit(
         "device": device.type,
         "seed": settings.seed,
     }
-    return SavedDetector.of(
-        backbone, result.mask, candidate, sensitivity, h, made, settings.accept, settings.seed
-    )
+    return SavedDetector.of(backbone, result.mask, candidate, sensitivity, h, made, settings.accept)
 
 
 def sensitivities(

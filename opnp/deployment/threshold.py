@@ -1,4 +1,4 @@
-"""The threshold of a detector: above it an image is out of distribution."""
+"""The threshold of a detector: an image that scores above it is out of distribution."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,49 +16,64 @@ __all__ = ["Threshold"]
 
 @dataclass(frozen=True)
 class Threshold:
-    """The score above which an image is OOD.
+    """The score above which an image is OOD, with a confidence interval.
+
+    The interval is the distribution-free one of Conover, "Practical Nonparametric Statistics",
+    3rd edition, 1999, section 3.2 (`scipy.stats.quantile_test`). Let Y ~ Binomial(n, accept/100).
+    Sort the n scores: ``low`` is the one of rank r, the least with P(Y ≤ r) ≥ 2.5 %; ``high`` is
+    the one of rank s + 1, s being the least with P(Y > s) ≤ 2.5 %. Whatever the distribution of
+    the scores, the interval covers its ``accept``-th percentile in at least 95 % of samples.
 
     Attributes:
-        value: the smallest score of an ID validation image that accepts ``accept`` % of them.
+        value: the least score of an ID validation image that accepts ``accept`` % of these images.
         accept: in percent.
-        low: lower end of the 95 % bootstrap interval of ``value``.
-        high: upper end.
-        samples: ID validation images.
+        low: lower end of the 95 % confidence interval; None if too few images bound it.
+        high: upper end, likewise. To accept 95 %, it needs 72 images.
+        samples: number of ID validation images.
     """
 
     value: float
     accept: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     samples: int
 
     @classmethod
-    def of(cls, scores: Tensor, accept: float = 95.0, resamples: int = 1000, seed: int = 0) -> Self:
-        """The threshold that accepts ``accept`` % of the outlier scores (N,) of ID images.
+    def of(cls, scores: Tensor, accept: float = 95.0) -> Self:
+        """The threshold that accepts ``accept`` % of ID images.
+
+        Args:
+            scores: outlier scores of ID images, shape (N,).
+            accept: in percent.
 
         Raises:
             InputError: there are no scores, one is not finite, or ``accept`` is out of range.
-
-        Source of the interval: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993,
-        section 13.3.
         """
         check_accept(accept)
         ordered, n = np.sort(scores.double().cpu().numpy()), len(scores)
         if n == 0 or not np.isfinite(ordered).all():
             raise InputError("A threshold needs ID validation images whose scores are finite.")
-        place = max(0, ceil(n * Fraction(str(accept)) / 100) - 1)
-        rng = np.random.default_rng(seed)
-        # The place-th smallest of n draws with replacement, for one resample after another.
-        drawn = [np.partition(rng.integers(n, size=n), place)[place] for _ in range(resamples)]
-        low, high = np.percentile(ordered[drawn], [2.5, 97.5])
-        return cls(float(ordered[place]), accept, float(low), float(high), n)
+        # A fraction, since 0.35 * 20 is more than 7 in floating point.
+        value = float(ordered[max(0, ceil(n * Fraction(str(accept)) / 100) - 1)])
+        return cls(value, accept, *interval(ordered, accept), n)
 
     def is_ood(self, scores: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """Which are above; a score that is NaN counts as OOD, since nothing vouches for it."""
+        """True where the score exceeds the threshold; NaN counts as OOD."""
         return ~(scores <= self.value)
 
 
+def interval(scores: NDArray[np.float64], accept: float) -> tuple[float | None, float | None]:
+    """The 95 % confidence interval of a percentile; None for an end without a bound."""
+    from scipy.stats import quantile_test  # here, because the import takes a second or two
+
+    if accept == 100:  # no sample bounds the greatest score from above
+        return float(scores.max()), None
+    ends = quantile_test(scores, p=accept / 100).confidence_interval(0.95)
+    low, high = (None if np.isnan(end) else float(end) for end in ends)
+    return low, high
+
+
 def check_accept(accept: float) -> None:
-    """Refuse a share of ID images that no threshold accepts."""
+    """Refuse a percentage of ID images that no threshold can accept."""
     if not 0 < accept <= 100:
         raise InputError(f"accept must be above 0 and at most 100 percent, not {accept:g}.")

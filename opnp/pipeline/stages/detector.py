@@ -57,4 +57,4 @@ def from_run(parameters: Parameters, accept: float = 95.0, method: str = METHOD)
         "seed": parameters.seed,
     }
     with devices.deterministic(threads=1):
-        return SavedDetector.of(backbone, mask, candidate, chosen, h, made, accept, parameters.seed)
+        return SavedDetector.of(backbone, mask, candidate, chosen, h, made, accept)
