@@ -16,6 +16,7 @@ from prefect.events import emit_event
 from flows import prefect_server, schedule
 from flows.process import program
 from flows.retrain import trusted
+from opnp.cli.remedies import called_as
 from opnp.data import images
 from opnp.data.images import Images
 from opnp.deployment import score
@@ -37,7 +38,7 @@ BEYOND = 4  # exit code
 def new_images(folder: Path) -> tuple[Images, list[str]]:
     """Images of the folder that were not counted yet, and the digests of all."""
     found = images.find(folder)
-    seen = read_json(SEEN, "python -m flows.monitor") if SEEN.exists() else {}
+    seen = read_json(SEEN) if SEEN.exists() else {}
     before = set(seen.get(str(folder.resolve()), []))
     of = {digest(path): row for row, path in reversed(list(enumerate(found.paths)))}
     rows = {sha256: row for sha256, row in of.items() if sha256 not in before}
@@ -74,7 +75,7 @@ def watch(folder: Path, chosen: Parameters) -> bool:
     """
     champion, limit = registry.champion(trusted(chosen)), chosen.retrain.max_flagged
     if champion is None:
-        raise InputError("There is no champion to score with: run `python -m flows.retrain`.")
+        raise InputError("There is no champion to score with.", "retrain")
     found, everything = new_images(folder)
     if len(found) < chosen.retrain.min_images:
         print(f"monitor: {len(found)} new images, fewer than retrain.min_images: they wait")
@@ -87,7 +88,7 @@ def watch(folder: Path, chosen: Parameters) -> bool:
         ask(folder, share)
     unreadable = len(summary.unreadable)
     log(folder, {"flagged": share, "images": summary.images, "unreadable": unreadable})
-    seen = read_json(SEEN, "python -m flows.monitor") if SEEN.exists() else {}
+    seen = read_json(SEEN) if SEEN.exists() else {}
     write_json(SEEN, seen | {str(folder.resolve()): sorted(everything)})
     return share > limit
 
@@ -129,7 +130,7 @@ def main() -> None:
     given = parser.parse_args()
     if schedule.serve(parser, given, monitor):
         return
-    with program(LOCK):
+    with called_as(parser.prog), program(LOCK):
         beyond = watch(given.folder, parameters.load())
     if beyond:
         sys.exit(BEYOND)

@@ -9,6 +9,7 @@ from pathlib import Path
 from flows import dvc_repo, prefect_server, transfer, workers
 from flows.process import hide_what_is_told, program, timed, timings
 from opnp import workspace
+from opnp.cli.remedies import called_as
 from opnp.errors import InputError
 from opnp.pipeline import parameters, records, stages
 from opnp.pipeline.parameters import Parameters
@@ -30,7 +31,7 @@ def outdated(stage: str, chosen: Parameters) -> bool:
 def checkpoint_changed(chosen: Parameters) -> bool:
     """Whether another file lies where the checkpoint was; DVC does not know of that file."""
     path = Path(chosen.train.checkpoint) if chosen.train.checkpoint else None
-    recorded = read_json(workspace.TRAINING, "python -m flows.train")["checkpoint"]
+    recorded = read_json(workspace.TRAINING, "stage:train")["checkpoint"]
     return path is not None and path.is_file() and digest(path) != recorded
 
 
@@ -90,8 +91,8 @@ def summarize() -> None:
 
     from opnp.metrics import ranking
 
-    detectors = read_json(workspace.METRICS, "python -m flows.evaluate")["detectors"]
-    evaluation = read_json(workspace.EVALUATION, "python -m flows.evaluate")
+    detectors = read_json(workspace.METRICS, "stage:evaluate")["detectors"]
+    evaluation = read_json(workspace.EVALUATION, "stage:evaluate")
     kinds = {name: entry["kind"] for name, entry in evaluation["sets"].items()}
     console, uri, ranks = Console(), mlflow_client.tracking_uri(), evaluation["ranks"]
 
@@ -131,7 +132,7 @@ def summarize() -> None:
 
 def main() -> None:
     argparse.ArgumentParser("python -m flows.pipeline", description=__doc__).parse_args()
-    with program():
+    with called_as("python -m flows.pipeline"), program():
         pipeline()
 
 

@@ -26,6 +26,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from flows import prefect_server, say_interrupted, workers
+from opnp.cli.remedies import called_as, tell
 from opnp.errors import InputError, UnavailableError
 from opnp.pipeline import parameters
 from opnp.runtime.files import full_disk, write_json
@@ -67,7 +68,7 @@ def program(lock: Path | None = LOCK) -> Iterator[None]:
         with signals(), alone(lock) if lock else nullcontext():
             yield
     except InputError as error:
-        ended = f"error: {error}"
+        ended = f"error: {tell(error)}"
     except (KeyboardInterrupt, Stopped) as error:
         ended = 128 + (signal.SIGTERM if isinstance(error, Stopped) else signal.SIGINT)
         say_interrupted()
@@ -243,7 +244,7 @@ def command(stage: Any, **flags: str) -> None:
         parser.add_argument(f"--{flag}", action="store_true", help=text)
     chosen = vars(parser.parse_args())
     hide_what_is_told()
-    with program():
+    with called_as(parser.prog), program():
         loaded = parameters.load()
         with prefect_server.running():
             timed(stage.__name__, partial(workers.run, stage, loaded, **chosen))

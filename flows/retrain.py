@@ -15,6 +15,7 @@ from flows import dvc_repo, pipeline, prefect_server, schedule, workers
 from flows.fetch import fetch
 from flows.process import hide_what_is_told, program, timed
 from opnp.backbones.libraries import is_factory
+from opnp.cli.remedies import called_as
 from opnp.deployment import champion
 from opnp.deployment.champion import Verdict
 from opnp.deployment.detector import load as load_detector
@@ -135,7 +136,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m flows.retrain", description=__doc__)
     schedule.options(parser)
     if not schedule.serve(parser, parser.parse_args(), retrain):
-        with program():
+        with called_as(parser.prog), program():
             retrained()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from flows import prefect_server
 from flows.process import LOCK, alone, hide_what_is_told, program
+from opnp.cli.remedies import tell
 from opnp.errors import InputError
 from opnp.pipeline import parameters
 
@@ -73,7 +74,7 @@ def due(lock: Path = LOCK) -> Iterator[None]:
         with alone(lock):
             yield
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {tell(error)}", file=sys.stderr, flush=True)
         raise
 
 

@@ -121,7 +121,7 @@ def test_the_exit_codes_it_names(
     [
         (("score", "--detector", "absent", "six", "--out", "s.parquet"), "neither a file nor"),
         (("score", "--detector", ".", ".", "--out", "s.csv"), "s.csv is no .parquet file"),
-        (("show", "."), "is no detector"),
+        (("show", "."), "is not a detector"),
         (("show", "DETECTOR"), "wants to run the code of network:Network"),
         (("show", "DETECTOR", "--trust", "os:system"), "wants to run the code of network:Network"),
         (("evaluate", "--detector", ".", "--id", ".", "--ood", "x"), "Every --ood is NAME=PATH"),
@@ -132,7 +132,7 @@ def test_the_exit_codes_it_names(
         (("fit", "--out", "new"), "Give --model, --id-train and --id-val, or --from-run"),
         (("fit", "--out", "new", "--from-run", "--model", "resnet"), "--from-run takes no model"),
         (("fit", "--out", "DETECTOR", "--from-run"), "holds a detector already"),
-        (("fit", "--out", ".", "--from-run"), "is no detector"),
+        (("fit", "--out", ".", "--from-run"), "is not a detector"),
         (("fit", "--out", "new", "--from-run"), "params.yaml"),
         (
             ("fit", "--out", "new", "--model", "resnet", "--id-train", "a", "--id-val", "b"),

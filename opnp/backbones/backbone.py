@@ -210,9 +210,7 @@ def check_stated(path: Path, stated: dict[str, Any]) -> None:
         or not isinstance(spec, dict)
         or not isinstance(spec.get("name"), str)
     ):
-        raise InputError(
-            f"{path} holds weights, but not what they are of: run `python -m flows.train` again."
-        )
+        raise InputError(f"{path} holds weights, but not what they are of.", "stage:train")
 
 
 def finished(model: Classifier) -> Classifier:
@@ -243,7 +241,7 @@ def load_backbone(path: Path, factory: str | None = None) -> Backbone:
     Raises:
         InputError: the file is missing or damaged, or names a factory that the caller does not.
     """
-    state, metadata = tensors.load(path, "run `python -m flows.train` again")
+    state, metadata = tensors.load(path, "stage:train")
     check_stated(path, metadata)
     name = metadata["spec"]["name"]
     if is_factory(name) and name != factory:

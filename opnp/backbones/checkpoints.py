@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opnp.errors import InputError
+from opnp.errors import InputError, first_line
 from opnp.runtime import tensors
 
 __all__ = ["load_weights"]
@@ -34,16 +34,16 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"Checkpoint {path} is missing: correct train.checkpoint.")
+        raise InputError(f"Checkpoint {path} is missing.", "weights")
     state: Any = {}
     metadata: dict[str, Any] = {}
     if path.suffix == ".safetensors":
-        state, metadata = tensors.load(path, "replace the checkpoint")
+        state, metadata = tensors.load(path, "weights")
     elif path.suffix in (".pt", ".pth"):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch.load raises almost anything on a damaged file
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise InputError(f"Checkpoint {path} cannot be read ({reason}): replace it.") from None
         for wrapper in ("state_dict", "model"):
             if isinstance(state, dict) and isinstance(state.get(wrapper), dict):

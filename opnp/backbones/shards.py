@@ -121,7 +121,7 @@ def read_shard(path: Path) -> tuple[Tensor, NDArray[np.int64], dict[str, str]]:
     Raises:
         InputError: the file is missing, truncated, altered, or no shard.
     """
-    again = "run `python -m flows.features`"
+    again = "stage:features"
     try:
         with pa.memory_map(str(path)) as source:
             table = pa.ipc.open_file(source).read_all()
@@ -133,12 +133,12 @@ def read_shard(path: Path) -> tuple[Tensor, NDArray[np.int64], dict[str, str]]:
         rows = table.column("index").to_numpy()
         damaged = found.pop("checksum") != checksum(values, labels, rows)
     except FileNotFoundError:
-        raise InputError(f"Shard {path} is missing: {again}.") from None
+        raise InputError(f"Shard {path} is missing.", again) from None
     except (OSError, pa.ArrowException, KeyError, AttributeError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"Shard {path} is damaged ({reason}): {again}.") from None
+        raise InputError(f"Shard {path} is damaged ({reason}).", again) from None
     if damaged:
-        raise InputError(f"Shard {path} is damaged (its checksum differs): {again}.")
+        raise InputError(f"Shard {path} is damaged (its checksum differs).", again)
     return torch.from_numpy(values.copy()), labels, found
 
 
@@ -166,10 +166,10 @@ def shard_paths(split: str, expected: dict[str, str]) -> list[Path]:
     Raises:
         InputError: there are none, one is damaged or made from something else, or some are missing.
     """
-    again = "run `python -m flows.features`"
+    again = "stage:features"
     paths = sorted((FEATURES / split).glob("*.arrow"))
     if not paths:
-        raise InputError(f"{FEATURES / split} holds no shards: {again}.")
+        raise InputError(f"{FEATURES / split} holds no shards.", again)
     stop = count = 0
     for path in paths:
         try:
@@ -180,15 +180,15 @@ def shard_paths(split: str, expected: dict[str, str]) -> list[Path]:
             count = int(found["count"])
         except (OSError, pa.ArrowException, KeyError, AttributeError, ValueError) as error:
             reason = str(error).splitlines()[0]
-            raise InputError(f"Shard {path} is damaged ({reason}): {again}.") from None
+            raise InputError(f"Shard {path} is damaged ({reason}).", again) from None
         for key, value in expected.items():
             if found.get(key) != value:
-                raise InputError(f"Shard {path} was made with another {key}: {again}.")
+                raise InputError(f"Shard {path} was made with another {key}.", again)
         if start != stop:
-            raise InputError(f"Before shard {path} rows {stop} to {start} are missing: {again}.")
+            raise InputError(f"Before shard {path} rows {stop} to {start} are missing.", again)
         stop = end
     if stop != count:
-        raise InputError(f"{FEATURES / split} holds {stop} rows of {count}: {again}.")
+        raise InputError(f"{FEATURES / split} holds {stop} rows of {count}.", again)
     return paths
 
 

@@ -9,11 +9,13 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 from shutil import rmtree
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from opnp.cli.compare import as_markdown, as_values, show_table, tabulate
+from opnp.cli.remedies import called_as, tell
 from opnp.cli.words import (
     describe,
     device_named,
@@ -30,6 +32,17 @@ from opnp.runtime import malloc
 from opnp.runtime.files import write_json
 
 __all__ = ["app", "main"]
+
+
+class Command(TyperCommand):
+    """A command that tells what is wrong with its input in one sentence."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with called_as(ctx.command_path):
+            try:
+                return super().invoke(ctx)
+            except InputError as error:
+                sys.exit(f"error: {tell(error)}")
 
 
 app = typer.Typer(
@@ -49,7 +62,7 @@ def program() -> None:
     """
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
     metric: Annotated[
         str, typer.Option(help="fpr95, fpr95_ood_positive, auroc, aupr_in, aupr_out or rank.")
@@ -92,7 +105,7 @@ BatchSize = Annotated[int, typer.Option(help="Images that go through the model a
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.command()
+@app.command(cls=Command)
 def fit(
     out: Annotated[Path, typer.Option(help="The detector's folder.")],
     model: Annotated[str | None, typer.Option(help="torchvision:NAME, module:factory, …")] = None,
@@ -203,7 +216,7 @@ def fit(
     told(made.describe(), as_json, describe)
 
 
-@app.command()
+@app.command(cls=Command)
 def score(
     paths: Annotated[list[str], typer.Argument(help="Images: files, or sources of them.")],
     detector: Detector,
@@ -232,7 +245,7 @@ def score(
     unreadable(summary.unreadable)
 
 
-@app.command()
+@app.command(cls=Command)
 def evaluate(
     detector: Detector,
     id_images: Annotated[str, typer.Option("--id", help="ID images that fit has not seen.")],
@@ -267,7 +280,7 @@ def evaluate(
     unreadable([each for of in (found["id"], *found["ood"].values()) for each in of["unreadable"]])
 
 
-@app.command()
+@app.command(cls=Command)
 def show(
     detector: Annotated[Path, typer.Argument(help="A detector's folder.")],
     trust: Trust = None,
@@ -280,7 +293,7 @@ def show(
     told(loaded(detector, trust, "cpu").describe(), as_json, describe)
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
     detector: Detector,
     out: Annotated[Path, typer.Option(help="The file to write.")],
@@ -299,7 +312,7 @@ def export(
     print(f"{out}: images (N, C, H, W) → logits, score")
 
 
-@app.command()
+@app.command(cls=Command)
 def register(
     detector: Detector,
     alias: Annotated[str, typer.Option(help="What the version is named.")] = "challenger",
@@ -316,7 +329,7 @@ def register(
     print(f"version {registry.register(detector, alias, trust=trust)} is {alias}")
 
 
-@app.command()
+@app.command(cls=Command)
 def promote(
     version: Annotated[str | None, typer.Argument(help="Else the challenger.")] = None,
 ) -> None:
@@ -329,7 +342,7 @@ def promote(
     print(f"version {registry.promote(version)} is champion")
 
 
-@app.command()
+@app.command(cls=Command)
 def rollback() -> None:
     """Bring back the champion before this one.
 
@@ -340,7 +353,7 @@ def rollback() -> None:
     print(f"version {registry.rollback()} is champion")
 
 
-@app.command()
+@app.command(cls=Command)
 def serve(
     alias: Annotated[str, typer.Option(help="Which registered version.")] = "champion",
     host: Annotated[str, typer.Option(help="0.0.0.0 lets others in.")] = "127.0.0.1",
@@ -360,7 +373,4 @@ def serve(
 def main() -> None:
     """Run the program; what is wrong with the input is told in one sentence."""
     malloc.keep()
-    try:
-        app()
-    except InputError as error:
-        sys.exit(f"error: {error}")
+    app(prog_name="opnp")

@@ -105,7 +105,7 @@ def read_manifest(elsewhere: bool = False) -> Manifest:
     Raises:
         InputError: data are missing or the manifest is broken.
     """
-    values = read_json(MANIFEST, "python -m flows.fetch")
+    values = read_json(MANIFEST, "stage:fetch")
     try:
         manifest = Manifest(
             values["parameters"],
@@ -114,12 +114,10 @@ def read_manifest(elsewhere: bool = False) -> Manifest:
             values.get("missing", {}),
         )
     except (KeyError, TypeError) as error:
-        raise InputError(
-            f"{MANIFEST} is not a manifest ({error}): run `python -m flows.fetch`."
-        ) from None
+        raise InputError(f"{MANIFEST} is not a manifest ({error}).", "stage:fetch") from None
     for name in manifest.sets:
         if not elsewhere and not data_file(name).is_file():
-            raise InputError(f"{data_file(name)} is missing: run `python -m flows.fetch`.")
+            raise InputError(f"{data_file(name)} is missing.", "stage:fetch")
     return manifest
 
 
@@ -272,21 +270,19 @@ def read_encoded(path: Path | RemoteFile, start: int = 0, stop: int | None = Non
             total = int(ends[-1]) if len(ends) else 0
             stop = total if stop is None else stop
             if stop > total:
-                raise InputError(
-                    f"{path} holds {total} images, not {stop}: run `python -m flows.fetch`."
-                )
+                raise InputError(f"{path} holds {total} images, not {stop}.", "stage:fetch")
             if start >= stop:
-                raise InputError(f"{path} holds no images: correct section data of params.yaml.")
+                raise InputError(f"{path} holds no images.", "data")
             first, last = np.searchsorted(ends, [start, stop - 1], side="right")
             table = file.read_row_groups(range(first, last + 1), columns=["image.bytes", "label"])
         encoded = table.column("image").combine_chunks().field("bytes")
         labels = table.column("label").cast(pa.int64()).to_numpy().copy()
     except FileNotFoundError:
-        raise InputError(f"{path} is missing: run `python -m flows.fetch`.") from None
+        raise InputError(f"{path} is missing.", "stage:fetch") from None
     except (OSError, pa.ArrowException, KeyError, AttributeError) as error:
         reason = str(error).splitlines()[0]
-        remedy = "run `python -m flows.fetch`" if isinstance(path, Path) else "delete it, run again"
-        raise InputError(f"{path} is damaged ({reason}): {remedy}.") from None
+        about = "stage:fetch" if isinstance(path, Path) else "storage"
+        raise InputError(f"{path} is damaged ({reason}).", about) from None
     offset = int(ends[first - 1]) if first else 0
     chosen = slice(start - offset, stop - offset)
     return EncodedImages(path, start, encoded[chosen], labels[chosen])

@@ -79,7 +79,7 @@ def frozen(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: it is damaged, or has been changed.
     """
-    about = read_json(folder / ABOUT, "python -m flows.retrain")
+    about = read_json(folder / ABOUT, "retrain")
     try:
         sets = {name: entry["sha256"] for name, entry in about["sets"].items()}
         classes = list(about["classes"])

@@ -244,7 +244,7 @@ def check_place(folder: Path, overwrite: bool) -> None:
     if not folder.exists():
         return
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / ABOUT).is_file()):
-        raise InputError(f"{folder} exists and is no detector: name another place for it.")
+        raise InputError(f"{folder} exists and is not a detector: name another folder.")
     if any(folder.iterdir()) and not overwrite:
         raise InputError(f"{folder} holds a detector already: name another place, or overwrite it.")
 
@@ -276,21 +276,19 @@ def load(
     """
     folder = Path(folder)
     if not (folder / ABOUT).is_file():
-        raise InputError(f"{folder} is no detector ({ABOUT} is missing): make one with `opnp fit`.")
-    about = read_json(folder / ABOUT, "opnp fit")
+        raise InputError(f"{folder} is not a detector ({ABOUT} is missing).", "fit")
+    about = read_json(folder / ABOUT, "detector")
     if not isinstance(about, dict) or about.get("opnp_detector") != FORMAT:
         raise InputError(
-            f"{folder / ABOUT} describes no detector of format {FORMAT}: make it again with this "
-            "version's `opnp fit`."
+            f"{folder / ABOUT} does not describe a detector of format {FORMAT}.", "fit"
         )
     check_whole(folder, about)
-    again = "make it again"
+    again = "detector"
     try:
         name, score = about["model"]["name"], about["score"]
         if is_factory(name) and name != trust:
             raise InputError(
-                f"{folder} wants to run the code of {name}: name it yourself (--trust {name}, or "
-                f"trust={name!r}), if you trust it."
+                f"{folder} wants to run the code of {name}, which `trust` does not name.", "trust"
             )
         backbone = load_backbone(folder / MODEL, trust)
         candidate = Candidate.stated({**about["mask"], **score, "threshold": score["clip"]})
@@ -315,13 +313,13 @@ def load(
         head, _ = tensors.load(folder / HEAD, again)
         weight, bias = head["weight"], head["bias"]
     except (KeyError, TypeError) as error:
-        raise InputError(f"{folder} lacks something ({error}): {again}.") from None
+        raise InputError(f"{folder} lacks something ({error}).", again) from None
     pruned = detector.scorer.head
     if not (torch.equal(weight, pruned.weight) and torch.equal(bias, pruned.bias)):
-        raise InputError(f"{folder / HEAD} is not its model's head, pruned: {again}.")
+        raise InputError(f"{folder / HEAD} is not its model's head, pruned.", again)
     described = detector.describe()
     if digest_of(described) != digest_of({key: about.get(key) for key in described}):
-        raise InputError(f"{folder / ABOUT} is not what its files say: {again}.")
+        raise InputError(f"{folder / ABOUT} is not what its files say.", again)
     return detector.to(device)
 
 
@@ -334,16 +332,13 @@ def check_whole(folder: Path, about: dict[str, Any]) -> None:
     files = about.get("files")
     said = {name: value for name, value in about.items() if name != "digest"}
     if about.get("digest") != digest_of(said) or not isinstance(files, dict):
-        raise InputError(
-            f"{folder / ABOUT} has been changed since it was written: copy the detector again, or "
-            "make it again."
-        )
+        raise InputError(f"{folder / ABOUT} has been changed since it was written.", "detector")
     for name in FILES:
         path = folder / name
         if not path.is_file():
-            raise InputError(f"{path} is missing: copy the detector again, or make it again.")
+            raise InputError(f"{path} is missing.", "detector")
         if digest(path) != files.get(name):
             raise InputError(
-                f"{path} is damaged or of another detector (its SHA-256 is not the one in {ABOUT}):"
-                " copy the detector again, or make it again."
+                f"{path} is damaged or of another detector: its SHA-256 is not the one in {ABOUT}.",
+                "detector",
             )

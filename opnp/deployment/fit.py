@@ -192,7 +192,7 @@ class Shards:
         """
         wanted = json.loads(json.dumps({**self.origin, **origin}))
         try:
-            found, about = tensors.load(path, "")
+            found, about = tensors.load(path)
             if about["origin"] == wanted and "features" in found:
                 return about["unreadable"], False
         except (InputError, KeyError):
@@ -209,7 +209,7 @@ class Shards:
 
     def read(self, path: Path) -> tuple[Tensor, list[int]]:
         """The features (n, L) of a shard, and the rows of their images."""
-        found, about = tensors.load(path, "run again")
+        found, about = tensors.load(path)
         return found["features"], about["rows"]
 
 

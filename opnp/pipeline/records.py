@@ -115,9 +115,9 @@ def stash(parameters: "Parameters", seconds: dict[str, float]) -> Path:
 def record(parameters: "Parameters", seconds: dict[str, float]) -> dict[str, Any]:
     from opnp.data.imagesets import data_file, read_manifest
 
-    metrics = read_json(workspace.METRICS, "python -m flows.evaluate")
-    training = read_json(workspace.TRAINING, "python -m flows.train")
-    search = read_json(workspace.SEARCH, "python -m flows.search")
+    metrics = read_json(workspace.METRICS, "stage:evaluate")
+    training = read_json(workspace.TRAINING, "stage:train")
+    search = read_json(workspace.SEARCH, "stage:search")
     manifest = read_manifest()
     return {
         "time": int(time.time() * 1000),
@@ -152,7 +152,7 @@ def record(parameters: "Parameters", seconds: dict[str, float]) -> dict[str, Any
 
 def detector_records(parameters: "Parameters", detectors: dict[str, Any]) -> dict[str, Any]:
     """What the child run of each detector holds; of one that could not run, only why."""
-    again = "python -m flows.evaluate"
+    again = "stage:evaluate"
     evaluation = read_json(workspace.EVALUATION, again)
     times = read_json(workspace.TIMES, again) if workspace.TIMES.is_file() else {}
     units = {"tune": "seconds/tune", "fit": "seconds/fit", "score": "milliseconds_per_1000/score"}

@@ -157,7 +157,7 @@ class PruningMask:
         Raises:
             InputError: the file is missing, truncated or no mask.
         """
-        found, _ = tensors.load(Path(path), "make the mask again")
+        found, _ = tensors.load(Path(path))
         shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
         weights, neurons = shapes.get("weights", ()), shapes.get("neurons", ())
         if len(weights) != 2 or neurons != weights[1:]:

@@ -118,8 +118,12 @@ def write_json(path: Path, value: Any) -> None:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, made_by: str) -> Any:
-    """Read a JSON file; ``made_by`` is the command that makes it, for the error message.
+def read_json(path: Path, about: str | None = None) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: the file.
+        about: what is at fault if it cannot be read, such as ``stage:search``; see `opnp.errors`.
 
     Raises:
         InputError: the file is missing or not JSON.
@@ -127,6 +131,6 @@ def read_json(path: Path, made_by: str) -> Any:
     try:
         return json.loads(Path(path).read_text())
     except FileNotFoundError:
-        raise InputError(f"{path} is missing: run `{made_by}` first.") from None
+        raise InputError(f"{path} is missing.", about) from None
     except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}): run `{made_by}` again.") from None
+        raise InputError(f"{path} is not valid JSON ({error}).", about) from None

@@ -36,25 +36,25 @@ def checksum(tensors: dict[str, Tensor], metadata: dict[str, Any]) -> str:
     return sha.hexdigest()
 
 
-def load(path: Path, remedy: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load(path: Path, about: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read tensors and metadata; metadata are empty in a file that `save` did not write.
 
     Args:
         path: the file.
-        remedy: what to do if it is missing or damaged, for the error message.
+        about: what is at fault if it cannot be read, such as ``stage:train``; see `opnp.errors`.
 
     Raises:
         InputError: the file is missing, truncated, altered or no safetensors file.
     """
     if not Path(path).is_file():
-        raise InputError(f"{path} is missing: {remedy}.")
+        raise InputError(f"{path} is missing.", about)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             metadata = json.loads((file.metadata() or {}).get(ENTRY, "{}"))
             expected = metadata.pop("checksum", None)
     except (OSError, SafetensorError, ValueError, AttributeError) as error:
-        raise InputError(f"{path} is damaged ({error}): {remedy}.") from None
+        raise InputError(f"{path} is damaged ({error}).", about) from None
     if expected and expected != checksum(tensors, metadata):
-        raise InputError(f"{path} is damaged (its checksum differs): {remedy}.")
+        raise InputError(f"{path} is damaged (its checksum differs).", about)
     return tensors, metadata

@@ -44,10 +44,10 @@ def detector_runs(experiment: str) -> list[DetectorRun]:
         InputError: there is none, or MLflow cannot be reached.
     """
     uri = tracking_uri()
-    nothing = f"MLflow at {uri} holds no comparison of detectors: run `python -m flows.pipeline`."
+    nothing = f"MLflow at {uri} holds no comparison of detectors."
     file = uri.removeprefix("sqlite:///")
     if file != uri and not Path(file).is_file():  # which MLflow would make
-        raise InputError(nothing)
+        raise InputError(nothing, "run")
     mlflow = quiet_mlflow()
     try:
         client = mlflow.MlflowClient(uri)
@@ -77,7 +77,7 @@ def detector_runs(experiment: str) -> list[DetectorRun]:
         if run.data.tags.get(PARENT) in whole and "detector" in run.data.tags
     ]
     if not found:
-        raise InputError(nothing)
+        raise InputError(nothing, "run")
     return found
 
 

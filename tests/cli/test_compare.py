@@ -143,7 +143,7 @@ def test_without_runs_it_says_how_to_make_one(
     compare: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert "run `python -m flows.pipeline`" in compare()
+    assert "run `opnp run`" in compare()
     assert not list(tmp_path.iterdir())
 
 

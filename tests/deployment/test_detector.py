@@ -213,10 +213,10 @@ def edit_and_sign(key: str, value: object) -> Callable[[Path], None]:
         *((flip(name), f"{name} is damaged") for name in FILES),
         *((lambda folder, n=name: (folder / n).unlink(), f"{name} is missing") for name in FILES),
         (truncate("detector.json"), "is not valid JSON"),
-        (lambda folder: (folder / "detector.json").unlink(), "is no detector"),
-        (shutil.rmtree, "is no detector"),
+        (lambda folder: (folder / "detector.json").unlink(), "is not a detector"),
+        (shutil.rmtree, "is not a detector"),
         (edit("threshold", {"value": 1e9}), "has been changed since it was written"),
-        (edit("opnp_detector", 1), "no detector of format 2"),
+        (edit("opnp_detector", 1), "does not describe a detector of format 2"),
         (edit_and_sign("threshold", {"value": 1e9}), "lacks something"),
         (edit_and_sign("classes", ["a"] * 7), "is not what its files say"),
         (edit_and_sign("files", None), "has been changed"),
@@ -307,8 +307,8 @@ def test_a_detector_is_replaced_whole_or_not_at_all(
 
 def test_nothing_else_is_replaced(detector: SavedDetector, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="is no detector"):
+    with pytest.raises(InputError, match="is not a detector"):
         detector.save(tmp_path, overwrite=True)
-    with pytest.raises(InputError, match="is no detector"):
+    with pytest.raises(InputError, match="is not a detector"):
         detector.save(tmp_path / "thesis.txt", overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"

@@ -532,7 +532,7 @@ def test_missing_and_damaged_files_are_named(path: Path, content: bytes | None) 
     with pytest.raises(InputError) as error:
         render(parameters())
     assert str(path) in str(error.value)
-    assert f"`python -m flows.{READ[path]}`" in str(error.value)
+    assert error.value.about == f"stage:{READ[path]}"
     assert "\n" not in str(error.value)
 
 

@@ -102,17 +102,17 @@ class Evaluation:
 
 
 @contextmanager
-def reading(path: Path, command: str) -> Iterator[None]:
+def reading(path: Path, about: str) -> Iterator[None]:
     """Turn whatever goes wrong while ``path`` is read into one sentence."""
     try:
         yield
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{path} is missing: run `{command}` first.") from None
+        raise InputError(f"{path} is missing.", about) from None
     except (ArrowException, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise InputError(f"{path} is damaged ({reason}): run `{command}` again.") from None
+        raise InputError(f"{path} is damaged ({reason}).", about) from None
 
 
 def select(values: Any, *levels: Iterable[str]) -> Any:
@@ -122,37 +122,35 @@ def select(values: Any, *levels: Iterable[str]) -> Any:
     return {key: select(values[key], *levels[1:]) for key in levels[0]}
 
 
-def read_columns(path: Path, command: str, columns: Sequence[str]) -> dict[str, Array]:
+def read_columns(path: Path, about: str, columns: Sequence[str]) -> dict[str, Array]:
     """Numeric columns of a CSV file."""
-    with reading(path, command), open(path, newline="") as file:
+    with reading(path, about), open(path, newline="") as file:
         reader = csv.DictReader(file)
         rows = list(reader)
         select(dict.fromkeys(reader.fieldnames or ()), columns)  # even where there are no rows
         return {name: np.array([float(row[name]) for row in rows]) for name in columns}
 
 
-def read_tensors(
-    path: Path, command: str, backbone: str
-) -> tuple[dict[str, Array], dict[str, Any]]:
+def read_tensors(path: Path, about: str, backbone: str) -> tuple[dict[str, Array], dict[str, Any]]:
     """Arrays, and what is said of them, of a file made for the backbone of this SHA-256."""
-    with reading(path, command):
-        found, metadata = tensors.load(path, f"run `{command}`")
+    with reading(path, about):
+        found, metadata = tensors.load(path, about)
         if metadata["backbone"] != backbone:
-            raise InputError(f"{path} is of another backbone: run `{command}` again.")
+            raise InputError(f"{path} is of another backbone.", about)
         return {name: tensor.numpy() for name, tensor in found.items()}, metadata
 
 
 def read_backbone() -> Backbone:
-    command = "python -m flows.train"
+    about = "stage:train"
     keys = ("train_accuracy", "validation_accuracy", "parameters", "features", "classes", "sha256")
-    with reading(workspace.TRAINING, command):
-        record = select(read_json(workspace.TRAINING, command), keys)
+    with reading(workspace.TRAINING, about):
+        record = select(read_json(workspace.TRAINING, about), keys)
     columns = ("epoch", "loss", "train_accuracy", "validation_accuracy")
-    return Backbone(record, read_columns(workspace.HISTORY, command, columns))
+    return Backbone(record, read_columns(workspace.HISTORY, about, columns))
 
 
 def read_pruning(backbone: str) -> Pruning:
-    measure, search = "python -m flows.sensitivity", "python -m flows.search"
+    measure, search = "stage:sensitivity", "stage:search"
     arrays, _ = read_tensors(workspace.MASK, search, backbone)
     with reading(workspace.MASK, search):
         mask = {name: arrays[name].astype(bool) for name in ("weights", "neurons")}
@@ -186,9 +184,9 @@ def read_pruning(backbone: str) -> Pruning:
 
 
 def read_evaluation(parameters: Parameters, pruning: Pruning) -> Evaluation:
-    command = "python -m flows.evaluate"
-    with reading(workspace.EVALUATION, command):
-        record = read_json(workspace.EVALUATION, command)
+    about = "stage:evaluate"
+    with reading(workspace.EVALUATION, about):
+        record = read_json(workspace.EVALUATION, about)
         sets = select(record["sets"], record["sets"], ("kind", "count"))
         wanted = list[str](parameters.evaluate.detectors)
         unavailable = {n: reason for n, reason in record["unavailable"].items() if n in wanted}
@@ -198,18 +196,18 @@ def read_evaluation(parameters: Parameters, pruning: Pruning) -> Evaluation:
         oracle = select(record["oracle"], record["oracle"], (*CANDIDATE, "fpr95", "kept"))
         id_count = record["id_test_samples"]
         if "opnp" in tuned and any(tuned["opnp"][key] != pruning.chosen[key] for key in CANDIDATE):
-            raise InputError(f"{workspace.EVALUATION} is of another mask: run `{command}` again.")
+            raise InputError(f"{workspace.EVALUATION} is of another mask.", about)
     shown = ranking.columns({name: entry["kind"] for name, entry in sets.items()})
-    with reading(workspace.METRICS, command):
-        found = read_json(workspace.METRICS, command)
+    with reading(workspace.METRICS, about):
+        found = read_json(workspace.METRICS, about)
         table = select(found["detectors"], names, shown, METRICS)
         heads = ["unpruned", *(name for name in names if name in ("opp", "onp", "opnp"))]
         calibration = select(found["id"], heads, ("accuracy", "ece", "nll"))
-    with reading(workspace.INTERVALS, command):
-        found = read_json(workspace.INTERVALS, command)
+    with reading(workspace.INTERVALS, about):
+        found = read_json(workspace.INTERVALS, about)
         intervals = select(found["detectors"], names, shown, METRICS, ("low", "high"))
         id_intervals = select(found["id"], heads, ("accuracy", "ece", "nll"), ("low", "high"))
-    with reading(workspace.SCORES, command):
+    with reading(workspace.SCORES, about):
         scores_of = pq.read_table(workspace.SCORES, columns=["set", *names])
         place = scores_of["set"].to_numpy()
         scores = {
@@ -218,7 +216,7 @@ def read_evaluation(parameters: Parameters, pruning: Pruning) -> Evaluation:
         }
         if missing := {"test", *sets} - set(place):
             raise LookupError(f"no scores of {min(missing)}")
-    roc = read_columns(workspace.ROC, command, ("fpr", *names))
+    roc = read_columns(workspace.ROC, about, ("fpr", *names))
     return Evaluation(
         table=table,
         intervals=intervals,
@@ -241,17 +239,17 @@ def read_times(names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Seconds and milliseconds of the detectors; none where they were not measured here."""
     if not workspace.TIMES.is_file():
         return {}
-    command = "python -m flows.evaluate"
-    with reading(workspace.TIMES, command):
-        found = read_json(workspace.TIMES, command)
+    about = "stage:evaluate"
+    with reading(workspace.TIMES, about):
+        found = read_json(workspace.TIMES, about)
         return {name: select(found[name], TIMES) for name in names if name in found}
 
 
 def read_hashes(backbone: Backbone) -> tuple[dict[str, str], dict[str, str]]:
     """SHA-256 of what the run was made of and of what it made, and the OOD sets it went without."""
-    command = "python -m flows.fetch"
-    with reading(workspace.MANIFEST, command):
-        manifest = read_json(workspace.MANIFEST, command)
+    about = "stage:fetch"
+    with reading(workspace.MANIFEST, about):
+        manifest = read_json(workspace.MANIFEST, about)
         sets, missing = manifest["sets"], manifest.get("missing", {})
         found = {f"data/{name}.parquet": sets[name]["sha256"] for name in sets}
     found[str(workspace.BACKBONE)] = backbone.record["sha256"]

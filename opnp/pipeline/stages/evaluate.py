@@ -82,9 +82,7 @@ def run(parameters: Parameters) -> dict[str, Any]:
     times: dict[str, dict[str, float]] = {}
     if workspace.TIMES.is_file():  # of the search
         times = {
-            name: of
-            for name, of in read_json(workspace.TIMES, "").items()
-            if name in methods.METHODS
+            name: of for name, of in read_json(workspace.TIMES).items() if name in methods.METHODS
         }
     unavailable: dict[str, str] = {}
     with devices.deterministic(threads=1), torch.no_grad():

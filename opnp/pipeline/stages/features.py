@@ -51,7 +51,8 @@ def plan(parameters: Parameters) -> list[Shard]:
     if classes != manifest.classes:
         raise InputError(
             f"The backbone has {len(classes)} classes and the data {len(manifest.classes)}, or "
-            "others: run `python -m flows.train` again."
+            "others.",
+            "stage:train",
         )
     counts = {name: entry.count for name, entry in manifest.sets.items()}
     validation = counts["validation"]

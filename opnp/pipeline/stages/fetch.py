@@ -307,6 +307,7 @@ def manifest_of(parameters: Parameters) -> Manifest:
     if manifest.parameters != data_parameters(parameters):
         raise InputError(
             f"{workspace.DATA}/ was fetched with other parameters in section data, or other "
-            f"search.outliers, than {workspace.PARAMETERS} has now: run `python -m flows.fetch`."
+            f"search.outliers, than {workspace.PARAMETERS} has now.",
+            "stage:fetch",
         )
     return manifest

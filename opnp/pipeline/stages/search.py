@@ -82,15 +82,13 @@ def read(parameters: Parameters) -> dict[str, Any]:
     Raises:
         InputError: it is missing, or of another backbone or other parameters.
     """
-    found: dict[str, Any] = read_json(workspace.SEARCH, "python -m flows.search")
+    found: dict[str, Any] = read_json(workspace.SEARCH, "stage:search")
     for key, value, what in (
         ("backbone", digest(workspace.BACKBONE), "another backbone"),
         ("parameters", parameters.search.model_dump(), "other parameters in section search"),
     ):
         if found.get(key) != value:
-            raise InputError(
-                f"{workspace.SEARCH} was made with {what}: run `python -m flows.search`."
-            )
+            raise InputError(f"{workspace.SEARCH} was made with {what}.", "stage:search")
     return found
 
 

@@ -54,12 +54,10 @@ def plan(parameters: Parameters) -> list[Path]:
 
 def settings_of(parameters: Parameters) -> list[dict[str, Any]]:
     """Every clip (percentile and threshold) and temperature that the search tries, in its order."""
-    clips = read_json(workspace.CLIPS, "python -m flows.sensitivity")
+    clips = read_json(workspace.CLIPS, "stage:sensitivity")
     search = parameters.search
     if set(clips) != {str(each) for each in search.clip if each is not None}:
-        raise InputError(
-            f"{workspace.CLIPS} is of another search.clip: run `python -m flows.sensitivity`."
-        )
+        raise InputError(f"{workspace.CLIPS} is of another search.clip.", "stage:sensitivity")
     return [
         {"clip": clip, "threshold": clips.get(str(clip)), "temperature": temperature}
         for clip, temperature in product(search.clip, search.temperature)
@@ -123,7 +121,7 @@ def read_sums(path: Path) -> tuple[list[SensitivitySums], dict[str, Any]]:
     Raises:
         InputError: the file is missing, damaged or holds something else.
     """
-    again = "run `python -m flows.sensitivity`"
+    again = "stage:sensitivity"
     found, metadata = tensors.load(path, again)
     try:
         settings, counts = metadata["settings"], metadata.pop("counts")
@@ -139,7 +137,7 @@ def read_sums(path: Path) -> tuple[list[SensitivitySums], dict[str, Any]]:
     except (KeyError, IndexError, TypeError):
         sums = []
     if len(sums) * len(SENSITIVITIES) != len(found) or not sums:
-        raise InputError(f"{path} does not hold sensitivities and their counts: {again}.")
+        raise InputError(f"{path} does not hold sensitivities and their counts.", again)
     return sums, metadata
 
 
@@ -168,12 +166,12 @@ def read(parameters: Parameters) -> list[Sensitivity]:
     Raises:
         InputError: missing, damaged, of another backbone or of other clips and temperatures.
     """
-    again = "run `python -m flows.sensitivity`"
+    again = "stage:sensitivity"
     total, metadata = read_sums(workspace.SENSITIVITY)
     if metadata["backbone"] != digest(workspace.BACKBONE):
-        raise InputError(f"{workspace.SENSITIVITY} is of another backbone: {again}.")
+        raise InputError(f"{workspace.SENSITIVITY} is of another backbone.", again)
     if metadata["settings"] != settings_of(parameters):
         raise InputError(
-            f"{workspace.SENSITIVITY} is of another search.clip or search.temperature: {again}."
+            f"{workspace.SENSITIVITY} is of another search.clip or search.temperature.", again
         )
     return halves_together(total)
