@@ -6,7 +6,6 @@ changed or mixed up, whoever writes it, and everything may be deleted: it is mad
 """
 
 import hashlib
-import io
 import json
 import re
 import tempfile
@@ -17,6 +16,9 @@ from contextlib import chdir, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from fsspec.core import url_to_fs
+from fsspec.spec import AbstractBufferedFile
 
 from opnp.errors import InputError, UnavailableError
 from opnp.runtime.files import atomic, digest, full_disk, remove_others
@@ -41,12 +43,10 @@ class Storage:
     """
 
     def __init__(self, url: str) -> None:
-        import fsspec  # which costs commands that use no storage nothing
-
         self.url = url.rstrip("/")
         try:
             # What others write must be seen at once.
-            self.system, self.root = fsspec.core.url_to_fs(self.url, use_listings_cache=False)
+            self.system, self.root = url_to_fs(self.url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise InputError(
                 f"engine.storage: {self.url} cannot be opened ({said(error)}): correct it, or "
@@ -113,7 +113,7 @@ class Storage:
                 )
 
     def open(self, sha256: str) -> "RemoteFile":
-        """The file of a digest, to be read in parts; nothing of it is verified.
+        """Open the file of a digest, to be read in parts. Its digest is not verified.
 
         Raises:
             InputError: it is missing in the storage.
@@ -191,10 +191,9 @@ class Storage:
             except FileNotFoundError:
                 return None
 
-    def read(self, name: str, start: int | None = None, stop: int | None = None) -> bytes:
-        """Bytes ``start`` to ``stop`` of an object."""
+    def read(self, name: str) -> bytes:
         with self.reached(name):
-            return bytes(self.system.cat_file(f"{self.root}/{name}", start=start, end=stop))
+            return bytes(self.system.cat_file(f"{self.root}/{name}"))
 
     def write(self, name: str, data: bytes) -> None:
         with self.reached(name), self.whole(name) as target:
@@ -241,45 +240,29 @@ class Storage:
             ) from error
 
 
-class RemoteFile(io.RawIOBase):
-    """A file in a storage, of which only the parts are fetched that are read.
+class RemoteFile(AbstractBufferedFile):
+    """A file in a storage, open for reading; only the ranges that are read are fetched.
 
-    Attributes:
-        fetched: bytes fetched so far.
+    Args:
+        storage: holds the file.
+        name: of the file, relative to the storage's URL.
+
+    Raises:
+        InputError: the file is missing.
+        UnavailableError: the storage could not be reached; `read` raises it, too.
     """
 
     def __init__(self, storage: Storage, name: str) -> None:
-        size = storage.size(name)
-        if size is None:
-            raise InputError(f"engine.storage: {storage.url}/{name} is missing: run again.")
-        self.storage, self.name, self.size = storage, name, size
-        self.at = self.fetched = 0
+        self.storage, self.name = storage, name
+        with storage.reached(name):
+            super().__init__(storage.system, f"{storage.root}/{name}", cache_type="none")
 
     def __str__(self) -> str:
         return f"{self.storage.url}/{self.name}"
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.at, io.SEEK_END: self.size}[whence]
-        return self.at
-
-    def readinto(self, buffer: Any) -> int:
-        stop = min(self.at + len(buffer), self.size)
-        if stop <= self.at:
-            return 0
-        data = self.storage.read(self.name, self.at, stop)
-        buffer[: len(data)] = data
-        self.at += len(data)
-        self.fetched += len(data)
-        return len(data)
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        with self.storage.reached(self.name):
+            return bytes(super()._fetch_range(start, end))
 
 
 one_at_a_time = threading.Lock()
