@@ -30,7 +30,8 @@ __all__ = ["Limits", "Served", "limited", "save", "serve"]
 
 REQUIREMENTS = (
     "mlflow", "torch", "torchvision", "numpy", "pandas", "pyarrow", "pillow", "safetensors",
-    "scikit-learn", "pydantic", "pyyaml", "rich", "fsspec", "filelock", "fastapi", "uvicorn",
+    "scikit-learn", "lazy-loader", "pydantic", "pyyaml", "rich", "fsspec", "filelock", "fastapi",
+    "uvicorn",
 )  # fmt: skip
 
 

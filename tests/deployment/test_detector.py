@@ -70,6 +70,8 @@ def test_the_threshold_accepts_its_share(own: Path, detector: SavedDetector) -> 
     assert threshold.accept == 95
     assert threshold.samples == len(scores)
     assert 0 <= (~scores.is_ood).mean() - 0.95 < 1 / len(scores) + 1e-9
+    assert threshold.low is not None
+    assert threshold.high is not None
     assert threshold.low < threshold.value < threshold.high
 
 

@@ -1,7 +1,5 @@
 """OPNP as a detector of pytorch-ood, alone and before other detectors."""
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -19,7 +17,6 @@ from pytorch_ood.utils import GridSearch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import opnp
 from opnp import OPNP
 from opnp.errors import InputError, UnavailableError
 from opnp.metrics.separation import ood_metrics
@@ -474,19 +471,3 @@ def test_moving_a_composition_keeps_its_scores() -> None:
     detector = fitted(**CUTS, detector="vim")
     scores = detector.predict(VALID)
     assert torch.equal(detector.to("cpu").predict(VALID), scores)
-
-
-def test_importing_the_package_imports_neither_torch_nor_pytorch_ood() -> None:
-    code = (
-        "import sys, opnp; opnp.InputError; "
-        "print([m for m in ('torch', 'pytorch_ood', 'sklearn') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
-def test_every_public_name_is_there_and_no_other() -> None:
-    for name in opnp.__all__:
-        assert getattr(opnp, name).__name__ == name
-    with pytest.raises(AttributeError, match="absent"):
-        _ = opnp.absent
