@@ -6,7 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from opnp.data.imagesets import Manifest, data_file
 from opnp.errors import InputError
@@ -74,13 +75,17 @@ def push() -> None:
             repo.push()
 
 
+def read_data_file() -> Any:
+    return YAML(typ="safe", pure=True).load(DATA_FILE.read_text())  # as DVC reads it
+
+
 def recorded_data() -> dict[str, Any]:
     """What `data.dvc` says of the data besides their hash: parameters, and SHA-256 of each file."""
     try:
-        meta = yaml.safe_load(DATA_FILE.read_text()).get("meta")
+        meta = read_data_file().get("meta")
     except FileNotFoundError:
         return {}
-    except (yaml.YAMLError, AttributeError) as error:
+    except (YAMLError, AttributeError) as error:
         raise InputError(f"{DATA_FILE} is damaged ({error}): restore it from git.") from None
     return meta or {}
 
@@ -117,7 +122,7 @@ def record_data(manifest: Manifest) -> None:
 
     with repository() as repo:
         repo.add(str(DATA))
-    text = yaml.safe_load(DATA_FILE.read_text())
+    text = read_data_file()
     files = {name: entry.sha256 for name, entry in manifest.sets.items()}
     text["meta"] = {"parameters": manifest.parameters, "files": files}
     with atomic(DATA_FILE) as temporary:

@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,7 +84,7 @@ def test_a_stage_depends_on_the_rooms_it_runs() -> None:
     # How files are written, what the parameters are, and where things lie change no result; what
     # the pruning room makes reaches later stages as files.
     neutral = {"errors", "workspace", "runtime", "tracking", "pipeline", "deployment"}
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    stages = YAML(typ="safe", pure=True).load((ROOT / "dvc.yaml").read_text())["stages"]
     for stage, of in stages.items():
         listed = {Path(str(dep)) for dep in of["deps"]}
         module = Path(f"opnp/pipeline/stages/{stage}.py")

@@ -30,7 +30,7 @@ __all__ = ["Limits", "Served", "limited", "save", "serve"]
 
 REQUIREMENTS = (
     "mlflow", "torch", "torchvision", "numpy", "pandas", "pyarrow", "pillow", "safetensors",
-    "scikit-learn", "lazy-loader", "pydantic", "pyyaml", "rich", "fsspec", "filelock", "fastapi",
+    "scikit-learn", "lazy-loader", "pydantic", "rich", "fsspec", "filelock", "fastapi",
     "uvicorn",
 )  # fmt: skip
 

@@ -12,7 +12,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-import yaml
+from ruamel.yaml import YAML
 from safetensors.torch import load_file
 
 import opnp
@@ -37,6 +37,8 @@ from opnp.tracking import mlflow_client
 from tests.conftest import QUICK, ROOT, run_program, set_parameters
 from tests.test_docs import opnp as run_opnp
 from tests.test_docs import python
+
+yaml = YAML(typ="safe", pure=True)
 
 # A small search and a quick comparison, where another thing is asked about.
 SMALL: dict[str, Any] = {
@@ -269,11 +271,11 @@ def test_splits_are_disjoint(finished: Path) -> None:
 
 def test_fetch_reproduces_the_committed_hashes(finished: Path) -> None:
     """The pipeline has fetched without a complaint; this is what it compared."""
-    recorded = yaml.safe_load((finished / "data.dvc").read_text())
+    recorded = yaml.load((finished / "data.dvc").read_text())
     manifest = json.loads((finished / artifacts.MANIFEST).read_text())
     assert recorded["meta"]["files"] == {n: s["sha256"] for n, s in manifest["sets"].items()}
     committed = Path(__file__).parents[2] / "data.dvc"
-    assert recorded == yaml.safe_load(committed.read_text())
+    assert recorded == yaml.load(committed.read_text())
 
 
 def test_changed_data_are_refused_by_name(
@@ -577,7 +579,7 @@ def test_real_outliers_are_searched_and_tuned_on(workspace: Path, prefect_api: s
     assert dvc_repo.data_changed(stages.fetch.data_parameters(chosen))
     seconds = whole.run_stages(chosen)
     assert set(seconds) == {"fetch", "features", "search", "evaluate", "report"}
-    recorded = yaml.safe_load((workspace / "data.dvc").read_text())["meta"]
+    recorded = yaml.load((workspace / "data.dvc").read_text())["meta"]
     assert recorded["parameters"]["outliers"] == {"patches": "photo-patches"}
     manifest = read_manifest()
     assert recorded["files"]["outliers/patches"] == digest(Path("data/outliers/patches.parquet"))

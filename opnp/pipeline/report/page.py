@@ -1,10 +1,12 @@
 """The report of a run: one page of everything found, which opens from disk without a network."""
 
 from importlib.resources import files
+from io import StringIO
+from typing import Any
 
 import matplotlib
-import yaml
 from jinja2 import Environment, StrictUndefined
+from ruamel.yaml import YAML
 
 from opnp.detectors.names import detector_name, ours
 from opnp.metrics.separation import METRICS
@@ -65,13 +67,17 @@ def render(parameters: Parameters) -> str:
             tradeoff=tradeoff(parameters, pruning),
             heat_maps=heat_maps(parameters, pruning),
             curves=training_curves(backbone.history),
-            yaml=yaml.safe_dump(
-                # Without the engine, of no influence on what is shown.
-                parameters.model_dump(mode="json", exclude={"engine"}),
-                sort_keys=False,
-                default_flow_style=None,
-            ),
+            # Without the engine, which does not affect what is shown.
+            yaml=to_yaml(parameters.model_dump(mode="json", exclude={"engine"})),
             hashes=hashes,
             missing=missing,
         )
     return page.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+def to_yaml(values: dict[str, Any]) -> str:
+    """Values as YAML in their order; sections without lists take one line, which the page wraps."""
+    yaml, text = YAML(), StringIO()
+    yaml.default_flow_style, yaml.width = None, 10_000
+    yaml.dump(values, text)
+    return text.getvalue()
