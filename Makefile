@@ -2,11 +2,12 @@
 # make test    set up, then run the tests
 # make repro   set up, then bring everything up to date with `dvc repro`
 # make lint    set up, then check style and types
+# make docs    set up, then write docs/cli.md and build the documentation in site/
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run test repro lint
+.PHONY: setup run test repro lint docs
 
 run: setup
 	@$(BIN)/python -m flows.pipeline
@@ -22,6 +23,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: setup
+	$(BIN)/python docs/build.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 setup: .venv/ready
 

@@ -22,6 +22,8 @@ MODEL = "digits:Network"  # module:factory, a function or class that gives the u
 
 def main(folder: Path) -> dict[str, Any]:
     """Make a detector in ``folder`` and return how well it does on unseen digits."""
+    folder.mkdir(parents=True, exist_ok=True)
+
     # What you have: weights, and images in folders named like the classes.
     torch.save(digits.trained().state_dict(), folder / "weights.pt")
     digits.write_images(folder)

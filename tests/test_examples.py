@@ -10,7 +10,12 @@ from types import ModuleType
 from typing import Any
 
 import nbformat
+import pyarrow.parquet as pq
 import pytest
+
+from tests.test_docs import commands as console
+from tests.test_docs import opnp as opnp_program
+from tests.test_docs import python
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -41,6 +46,28 @@ def test_own_model(made: tuple[Path, dict[str, Any]]) -> None:
     assert result["id"]["flagged"] < 15
     assert set(result["ood"]) == set(example("digits").OOD)
     assert result["ood"]["noise"]["flagged"] > 50
+
+
+def test_getting_started(
+    made: tuple[Path, dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(made[0], tmp_path / "first")
+    monkeypatch.chdir(tmp_path)
+    setup, enter, cd, fit, *commands = console("getting-started.md")
+    assert (setup, enter) == (["make", "setup"], ["source", ".venv/bin/activate"])
+    assert (cd, fit) == (["cd", "examples"], ["python", "own_model.py", "first"])
+    assert [words[1] for words in commands] == ["show", "score", "evaluate"]
+    for words in commands:
+        assert opnp_program(words, monkeypatch) == 0, words
+        assert capsys.readouterr().out
+    assert pq.read_table("scores.parquet").num_rows == 400
+    [block] = python("getting-started.md")
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["scores"].shape == (100,)
 
 
 def test_combining(capsys: pytest.CaptureFixture[str]) -> None:
