@@ -16,6 +16,8 @@ CALLED = ContextVar("CALLED", default="opnp run")
 
 OTHERS = {
     "batch_size": "lower --batch-size",
+    "challenger": "make one with `opnp register`",
+    "champion": "make one with `opnp promote`",
     "detector": "copy the detector again, or make it again with `opnp fit`",
     "device": "choose another --device",
     "fit": "make one with `opnp fit`",

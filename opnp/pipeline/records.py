@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from opnp import workspace
+from opnp.errors import first_line
 from opnp.runtime.files import atomic, digest, read_json, write_json
 from opnp.tracking.mlflow_client import (
     LONGEST,
     experiment_id,
-    first_line,
     flattened,
     quiet_mlflow,
     tracking_uri,

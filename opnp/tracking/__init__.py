@@ -1,1 +1,1 @@
-"""MLflow: runs, models and the registry."""
+"""Runs, models and the model registry in MLflow."""

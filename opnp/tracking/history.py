@@ -1,31 +1,27 @@
-"""The detectors of earlier runs, read from MLflow."""
+"""Detectors of earlier runs, read from MLflow."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opnp.errors import InputError
-from opnp.tracking.mlflow_client import (
-    PARENT,
-    experiment_name,
-    first_line,
-    quiet_mlflow,
-    tracking_uri,
-)
+from opnp.errors import InputError, did_you_mean, first_line
+from opnp.tracking.mlflow_client import PARENT, experiment_name, quiet_mlflow, tracking_uri
 
 __all__ = ["DetectorRun", "detector_runs"]
 
 
 @dataclass(frozen=True)
 class DetectorRun:
-    """What MLflow holds of one detector in one run of the pipeline.
+    """One detector of one pipeline run, as logged in MLflow.
 
     Attributes:
-        run: id of the pipeline's run.
-        time: when that was, in milliseconds since 1970.
-        detector: its name.
-        backbone: of the run, as `data` and `seed` are.
-        metrics: in percent, by `COLUMN/METRIC`.
+        run: id of the pipeline run.
+        time: start of the run, in milliseconds since 1970.
+        detector: name of the detector.
+        backbone: spec of the run's backbone.
+        data: source of the run's ID data.
+        seed: seed of the run.
+        metrics: in percent, keyed ``COLUMN/METRIC``.
     """
 
     run: str
@@ -38,32 +34,35 @@ class DetectorRun:
 
 
 def detector_runs(experiment: str) -> list[DetectorRun]:
-    """Every detector of every run of the experiment that is wholly logged, latest run first.
+    """Read every detector of every completely logged run of an experiment, latest run first.
+
+    Args:
+        experiment: name of the experiment in MLflow.
 
     Raises:
-        InputError: there is none, or MLflow cannot be reached.
+        InputError: the experiment or its runs do not exist, or MLflow cannot be read.
     """
     uri = tracking_uri()
     nothing = f"MLflow at {uri} holds no comparison of detectors."
     file = uri.removeprefix("sqlite:///")
-    if file != uri and not Path(file).is_file():  # which MLflow would make
+    if file != uri and not Path(file).is_file():  # MLflow would create it
         raise InputError(nothing, "run")
     mlflow = quiet_mlflow()
     try:
         client = mlflow.MlflowClient(uri)
-        names = {known.name: known.experiment_id for known in client.search_experiments()}
-        if experiment not in names and experiment != experiment_name():
-            raise InputError(
-                f"MLflow at {uri} has no experiment {experiment!r}, but {', '.join(names)}."
-            )
+        found = client.get_experiment_by_name(experiment)
+        if found is None and experiment != experiment_name():
+            names = [each.name for each in client.search_experiments()]
+            hint = f"; {did_you_mean(experiment, names)}" if names else "."
+            raise InputError(f"MLflow at {uri} has no experiment {experiment!r}{hint}")
         finished = "attributes.status = 'FINISHED'"
-        known = all_runs(client, names[experiment], finished) if experiment in names else []
+        known = all_runs(client, found.experiment_id, finished) if found else []
     except InputError:
         raise
-    except Exception as error:  # whatever the server, the network or its database raise
+    except Exception as error:  # the server, the network and the database raise errors of all kinds
         raise InputError(f"MLflow at {uri} could not be read ({first_line(error)}).") from None
     whole = {run.info.run_id for run in known if PARENT not in run.data.tags}
-    found = [
+    detectors = [
         DetectorRun(
             run.data.tags[PARENT],
             run.info.start_time,
@@ -76,17 +75,22 @@ def detector_runs(experiment: str) -> list[DetectorRun]:
         for run in known
         if run.data.tags.get(PARENT) in whole and "detector" in run.data.tags
     ]
-    if not found:
+    if not detectors:
         raise InputError(nothing, "run")
-    return found
+    return detectors
 
 
 def children(client: Any, experiment: str, parent: str) -> list[Any]:
+    """All child runs of a run."""
     return all_runs(client, experiment, f"tags.`{PARENT}` = '{parent}'")
 
 
 def all_runs(client: Any, experiment: str, filters: str) -> list[Any]:
-    """The runs of an experiment that match, however many, latest first."""
+    """All runs of an experiment that match a filter, latest first.
+
+    `mlflow.search_runs` follows pages, too, but takes its server from a global setting, and setting
+    it changes the environment of this process and of those it starts.
+    """
     runs: list[Any] = []
     page = None
     while page is None or page.token:

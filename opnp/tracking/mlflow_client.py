@@ -1,4 +1,4 @@
-"""The connection to MLflow: where it is, and how values are logged within its limits."""
+"""The connection to MLflow: its address, and logging within its limits."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 __all__ = ["experiment_name", "tracking_uri"]
 
 
-# What MLflow takes at most: values of parameters, in characters, and what one request may hold.
+# The limits of MLflow: characters of a parameter's value, and what one request may hold.
 LONGEST = 6000
 PARAMETERS_AT_ONCE, METRICS_AT_ONCE = 100, 900
 
@@ -15,21 +15,17 @@ PARENT = "mlflow.parentRunId"
 
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, else an SQLite file in the workspace."""
+    """The value of MLFLOW_TRACKING_URI, by default an SQLite file in the current folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
 
 
 def experiment_name() -> str:
-    """MLFLOW_EXPERIMENT_NAME, else opnp."""
+    """The value of MLFLOW_EXPERIMENT_NAME, by default ``opnp``."""
     return os.environ.get("MLFLOW_EXPERIMENT_NAME") or "opnp"
 
 
-def first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
 def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, keys joined by slashes."""
+    """Nested dictionaries as one flat dictionary, with keys joined by slashes."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):
@@ -40,7 +36,7 @@ def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def quiet_mlflow() -> Any:
-    """MLflow, which takes seconds to import, without its news of migrations and its progress."""
+    """Import MLflow, which takes seconds, and silence its migration log and progress bars."""
     import logging
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -52,14 +48,17 @@ def quiet_mlflow() -> Any:
 
 
 def experiment_id(client: Any) -> str:
-    """Of the experiment, which is made if there is none yet."""
+    """The id of the experiment, which is created if it does not exist."""
     name = experiment_name()
     known = client.get_experiment_by_name(name)
     return str(known.experiment_id if known else client.create_experiment(name))
 
 
 def log_values(client: Any, run: str, time: int, values: dict[str, Any]) -> None:
-    """Log parameters and metrics, which may be there already, in requests that MLflow takes."""
+    """Log parameters and metrics, in requests no larger than MLflow accepts.
+
+    Logging the same values again, as after an interrupted attempt, changes nothing.
+    """
     from mlflow.entities import Metric, Param
 
     metrics = [Metric(key, value, time, 0) for key, value in values["metrics"].items()]

@@ -16,21 +16,21 @@ def log_model(
     trust: str | None = None,
     metrics: dict[str, float] | None = None,
 ) -> Any:
-    """Log a detector's folder as a model of the experiment, with the figures of its search.
+    """Log a detector's folder as a model of the experiment, with the metrics of its search.
 
     Args:
-        client: of MLflow.
-        folder: the detector.
-        run: id of the run that made it; without one, that of the pipeline's run that trained its
-            backbone, or a run of its own.
-        trust: the ``package.module:factory`` that may run, if its model is one.
-        metrics: to show beside the model, with those of its search.
+        client: an `MlflowClient`.
+        folder: the detector's folder.
+        run: id of the run that made the detector; by default the pipeline run that trained its
+            backbone, or a new run if there is none.
+        trust: the ``package.module:factory`` that may run, if the detector's model is one.
+        metrics: further metrics to log with the model.
 
     Returns:
-        MLflow's `LoggedModel`.
+        The `mlflow.entities.LoggedModel`.
 
     Raises:
-        InputError: the folder is no detector.
+        InputError: the folder does not hold a valid detector.
     """
     from tempfile import TemporaryDirectory
 
@@ -74,7 +74,7 @@ def log_model(
 
 
 def run_of(client: Any, experiment: str, backbone: str | None) -> str | None:
-    """The id of the pipeline's latest run with a backbone, known by its SHA-256."""
+    """The id of the latest pipeline run whose backbone has this SHA-256; None if there is none."""
     if backbone is None:
         return None
     wanted = f"tags.record != '' and tags.`backbone.sha256` = '{backbone}'"

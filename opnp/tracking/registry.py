@@ -1,8 +1,8 @@
 """The detectors of an experiment, as versions of one registered model in MLflow.
 
-The registered model is named like the experiment. The alias ``champion`` names the version that is
-in use, ``challenger`` the one that may replace it; a version's tag ``replaced`` names the version
-that was champion before it, which `rollback` brings back.
+The registered model has the name of the experiment. Its alias ``champion`` marks the version in
+use, ``challenger`` the version that may replace it. The tag ``replaced`` of a version holds the
+champion before it, which `rollback` restores.
 """
 
 import json
@@ -16,8 +16,8 @@ import torch
 
 from opnp.deployment.detector import SavedDetector
 from opnp.deployment.detector import load as load_detector
-from opnp.errors import InputError
-from opnp.tracking.mlflow_client import experiment_name, first_line, quiet_mlflow, tracking_uri
+from opnp.errors import InputError, first_line
+from opnp.tracking.mlflow_client import experiment_name, quiet_mlflow, tracking_uri
 from opnp.tracking.models import log_model
 
 __all__ = ["CHALLENGER", "CHAMPION", "champion", "load", "promote", "register", "rollback", "uri"]
@@ -33,20 +33,22 @@ def register(
     trust: str | None = None,
     metrics: dict[str, float] | None = None,
 ) -> str:
-    """Log a detector's folder as an MLflow model, and register it; a detector is registered once.
+    """Log a detector's folder as an MLflow model and register it.
+
+    A detector that is registered already keeps its version.
 
     Args:
-        folder: the detector.
-        alias: to give to the version; None: none.
-        run: id of the MLflow run that made it, if one did.
-        trust: the ``package.module:factory`` that may run, if its model is one.
-        metrics: to show beside the model, with those of its search.
+        folder: the detector's folder.
+        alias: the alias to give to the version, if any.
+        run: id of the MLflow run that made the detector, if any.
+        trust: the ``package.module:factory`` that may run, if the detector's model is one.
+        metrics: further metrics to log with the model.
 
     Returns:
         The version.
 
     Raises:
-        InputError: the folder is no detector, or MLflow cannot be reached.
+        InputError: the folder does not hold a valid detector, or MLflow cannot be reached.
     """
     detector = load_detector(folder, trust=trust)
     client, name = registry(), experiment_name()
@@ -73,24 +75,27 @@ def register(
 
 
 def promote(version: str | None = None) -> str:
-    """Make a version champion, the challenger unless one is named, and remember the one before.
+    """Make a version the champion, and remember the champion before it.
+
+    Args:
+        version: by default the challenger.
 
     Returns:
         The version.
 
     Raises:
-        InputError: there is no such version, or MLflow cannot be reached.
+        InputError: the version does not exist, or MLflow cannot be reached.
     """
     client, name = registry(), experiment_name()
     with told():
         aliases = aliases_of(client, name)
         version = version or aliases.get(CHALLENGER)
         if version is None:
-            raise InputError("There is no challenger: make one with `opnp register`.")
+            raise InputError("There is no challenger.", "challenger")
         client.get_model_version(name, version)
         before = aliases.get(CHAMPION)
         if before != version:
-            # The alias comes last: what fails earlier leaves the champion as it is.
+            # The alias is set last, so that a failure before leaves the champion as it is.
             if before:
                 client.set_model_version_tag(name, version, REPLACED, before)
             client.set_registered_model_alias(name, CHAMPION, version)
@@ -100,31 +105,35 @@ def promote(version: str | None = None) -> str:
 
 
 def rollback() -> str:
-    """Bring back the champion before this one.
+    """Restore the champion before the present one.
 
     Returns:
         Its version.
 
     Raises:
-        InputError: there is none, or MLflow cannot be reached.
+        InputError: there is no champion, it replaced none, or MLflow cannot be reached.
     """
     client, name = registry(), experiment_name()
     with told():
         now = aliases_of(client, name).get(CHAMPION)
         if now is None:
-            raise InputError("There is no champion to roll back: make one with `opnp promote`.")
+            raise InputError("There is no champion to roll back.", "champion")
         before = client.get_model_version(name, now).tags.get(REPLACED)
         if before is None:
-            raise InputError(f"Version {now} replaced no other: there is nothing to roll back to.")
+            raise InputError(f"Version {now} did not replace another: nothing to roll back to.")
         client.set_registered_model_alias(name, CHAMPION, before)
     return str(before)
 
 
 def champion(trust: str | None = None, device: torch.device | str = "cpu") -> SavedDetector | None:
-    """The detector that is in use; None before the first promotion.
+    """Load the detector in use; None before the first promotion.
+
+    Args:
+        trust: the ``package.module:factory`` that may run, if the detector's model is one.
+        device: where it is to run.
 
     Raises:
-        InputError: it is damaged, its code is not trusted, or MLflow cannot be reached.
+        InputError: the detector is damaged, its code is not trusted, or MLflow cannot be reached.
     """
     client, name = registry(), experiment_name()
     with told():
@@ -135,10 +144,16 @@ def champion(trust: str | None = None, device: torch.device | str = "cpu") -> Sa
 def load(
     version: str, trust: str | None = None, device: torch.device | str = "cpu"
 ) -> SavedDetector:
-    """The detector that a version is, with nothing of the code that was logged with it.
+    """Load the detector of a version, without running the code that was logged with it.
+
+    Args:
+        version: of the registered model.
+        trust: the ``package.module:factory`` that may run, if the detector's model is one.
+        device: where it is to run.
 
     Raises:
-        InputError: there is none, its code is not trusted, or MLflow cannot be reached.
+        InputError: the version does not exist, its code is not trusted, or MLflow cannot be
+            reached.
     """
     mlflow, client, name = quiet_mlflow(), registry(), experiment_name()
     with told(), TemporaryDirectory() as temporary:
@@ -153,7 +168,7 @@ def load(
 
 
 def uri(alias: str) -> str:
-    """Of the model that an alias names, for MLflow in this process.
+    """The URI of the model with an alias, which MLflow in this process can load.
 
     Raises:
         InputError: no version has the alias, or MLflow cannot be reached.
@@ -161,14 +176,14 @@ def uri(alias: str) -> str:
     client, name = registry(), experiment_name()
     with told():
         if alias not in aliases_of(client, name):
-            raise InputError(f"No version of {name} is {alias}: see `opnp register`.")
+            raise InputError(f"No version of {name} has the alias {alias}.", alias)
     return f"models:/{name}@{alias}"
 
 
 def registry() -> Any:
-    """A client of MLflow at `tracking_uri`, which this process's MLflow then knows as its store.
+    """A client of MLflow at `tracking_uri`, which also becomes this process's global setting.
 
-    A registry looks for the models of its versions there, whatever store its client was given.
+    MLflow looks for the models of registered versions there, whatever its client was given.
     """
     mlflow, uri = quiet_mlflow(), tracking_uri()
     mlflow.set_tracking_uri(uri)
@@ -176,19 +191,19 @@ def registry() -> Any:
 
 
 def aliases_of(client: Any, name: str) -> dict[str, str]:
-    """Versions by their aliases; none where nothing is registered."""
+    """The version of each alias; empty if nothing is registered."""
     found = client.search_registered_models(f"name = '{name}'")
     return {alias: str(version) for alias, version in found[0].aliases.items()} if found else {}
 
 
 @contextmanager
 def told() -> Iterator[None]:
-    """What MLflow raises, told in a sentence."""
+    """Turn MLflow's errors into sentences."""
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except MlflowException as error:
         raise InputError(
-            f"MLflow at {tracking_uri()} refused, or could not be reached ({first_line(error)})."
+            f"MLflow at {tracking_uri()} refused or could not be reached ({first_line(error)})."
         ) from error

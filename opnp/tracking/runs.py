@@ -1,4 +1,4 @@
-"""Runs of the pipeline, logged to MLflow from the records that they leave on disk."""
+"""Pipeline runs, logged to MLflow from the records they leave on disk."""
 
 import json
 from pathlib import Path
@@ -11,9 +11,14 @@ __all__ = ["log"]
 
 
 def log(client: Any, experiment: str, folder: Path) -> str:
-    """Log one record; a run that an earlier attempt left half logged is completed, not doubled.
+    """Log one record and return the run's id; a half-logged run is completed, not duplicated.
 
-    The run itself ends last: one that has ended has all its children.
+    The run is ended after its children, so a run that has ended has all of them.
+
+    Args:
+        client: an `MlflowClient`.
+        experiment: id of the experiment.
+        folder: the record: ``run.json`` and the files to attach.
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
@@ -51,9 +56,9 @@ def log(client: Any, experiment: str, folder: Path) -> str:
 
 
 def log_detectors(client: Any, experiment: str, parent: str, values: dict[str, Any]) -> None:
-    """Log each detector as a child of the run, but those that an earlier attempt has finished."""
+    """Log each detector as a child run, except those that an earlier attempt finished."""
     known = {run.data.tags["detector"]: run for run in children(client, experiment, parent)}
-    for name, record in values.get("detectors", {}).items():  # earlier records have none
+    for name, record in values.get("detectors", {}).items():  # absent in older records
         run = known.get(name) or client.create_run(
             experiment,
             values["time"],

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from contextlib import chdir
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,17 @@ def test_rows_are_backbones_and_seeds_are_averaged(compare: Compare) -> None:
     ]
 
 
+def test_runs_beyond_mlflows_page_are_read(
+    compare: Compare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    expected = compare("--markdown")
+    two_at_once = partialmethod(MlflowClient.search_runs, max_results=2)
+    monkeypatch.setattr(MlflowClient, "search_runs", two_at_once)
+    assert compare("--markdown") == expected
+
+
 def test_another_metric_on_a_set_of_some_detectors(compare: Compare) -> None:
     values = json.loads(
         compare("--metric", "auroc", "--on", "near-a", "--detectors", "energy,opnp", "--json")
@@ -125,7 +137,7 @@ def test_the_table_keeps_to_the_width_of_the_terminal(compare: Compare) -> None:
         ),
         (("--detectors", "opnp,enrgy"), "No run has the detector 'enrgy'; did you mean energy?"),
         (("--data", "digit"), "No run has the ID data 'digit'; did you mean digits?"),
-        (("--experiment", "other"), "has no experiment 'other', but"),
+        (("--experiment", "other"), "has no experiment 'other'; did you mean opnp?"),
         (("--detectors", "odin"), "No run has fpr95 on mean of these detectors"),
         (("--json", "--markdown"), "--markdown and --json exclude each other"),
     ],

@@ -124,7 +124,7 @@ def test_champions_follow_and_return(registered: Path, detector_folder: Path) ->
     assert registry.register(detector_folder, trust=SPEC) == first  # once
     assert registry.champion(SPEC) is None
     assert registry.promote() == first == registry.promote(first)
-    with pytest.raises(InputError, match="replaced no other"):
+    with pytest.raises(InputError, match="did not replace another"):
         registry.rollback()
     second = registry.register("second", trust=SPEC)
     assert second != first
