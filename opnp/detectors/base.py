@@ -1,9 +1,9 @@
-"""What a detector is given, and how any detector of pytorch-ood is fitted and scores on it."""
+"""What detectors are made from, and how any detector is made, fitted and asked for scores."""
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Self
 
@@ -21,19 +21,24 @@ from torch.linalg import LinAlgError  # type: ignore[attr-defined]  # missing in
 
 from opnp.backbones.backbone import Classifier
 from opnp.backbones.networks import Pool
-from opnp.errors import UnavailableError
+from opnp.detectors import names
+from opnp.errors import InputError, UnavailableError
+from opnp.pruning.candidates import Candidate
 from opnp.pruning.masks import PruningMask
 
-__all__ = ["Samples", "TrainedModel", "features_seen", "fit", "logits_of", "predict", "score"]
+__all__ = [
+    "Maker", "Samples", "SearchChoice", "TrainedModel", "features_seen", "fit", "logits_of", "make",
+    "predict", "score",
+]  # fmt: skip
 
 
-BATCH = 1024  # features scored at once,
-NUMBERS = 1 << 27  # but never more numbers than this: DICE and GMM hold (batch, K, L)
-IMAGES = 256  # images scored at once
+BATCH = 1024  # rows of features to score at once, or fewer:
+NUMBERS = 1 << 27  # DICE and GMM hold tensors of (batch, K, L) numbers, at most this many
+IMAGES = 256  # images to score at once
 
 
 class Keep(nn.Module):
-    """Features (N, L) with those of the pruned neurons zeroed."""
+    """Sets the features (N, L) of pruned neurons to zero."""
 
     neurons: Tensor
 
@@ -45,22 +50,42 @@ class Keep(nn.Module):
         return x * self.neurons.to(x.device)
 
 
+@dataclass(frozen=True)
+class SearchChoice:
+    """What a mask search chose for one of its methods.
+
+    Attributes:
+        candidate: what to prune, where to clip features, and T of the energy.
+        percentile: the percentile of the training activations at which ``candidate`` clips; None if
+            it does not clip.
+        trials: number of candidates that the search tried.
+    """
+
+    candidate: Candidate
+    percentile: float | None = None
+    trials: int = 1
+
+
 @dataclass(frozen=True, eq=False)
 class TrainedModel:
-    """What a detector is made for.
+    """The model that a detector is made for.
 
     Attributes:
         head: the classifier's last layer, weight (K, L).
         temperature: T of the energy.
         classifier: the whole classifier in evaluation mode, with ``head`` as its head; only
             detectors of images need it.
-        std: of the preprocessing, one for each channel, by which ODIN scales its steps.
+        std: standard deviation of each image channel before normalization; ODIN scales its steps
+            by it.
+        choices: what a mask search chose for this model, by method; only detectors that are a
+            choice of the search need it.
     """
 
     head: nn.Linear
     temperature: float = 1.0
     classifier: Classifier | None = None
     std: tuple[float, ...] = ()
+    choices: Mapping[str, SearchChoice] = field(default_factory=dict)
 
     def pruned(self, mask: PruningMask) -> Self:
         """The model without the weights and neurons that ``mask`` prunes.
@@ -77,19 +102,19 @@ class TrainedModel:
 
     @property
     def energy(self) -> Callable[[Tensor], Tensor]:
-        """Outlier scores (N,) of logits (N, K)."""
+        """A function that returns the energy, outlier scores (N,), of logits (N, K)."""
         return partial(EnergyBased.score, t=self.temperature)
 
     @property
     def head_of_maps(self) -> nn.Module:
-        """The head as a module of feature maps (N, L, 1, 1)."""
+        """The head as a module that takes feature maps (N, L, 1, 1)."""
         return nn.Sequential(nn.Flatten(), self.head)
 
     def whole(self) -> Classifier:
         """The classifier.
 
         Raises:
-            UnavailableError: there is none.
+            UnavailableError: only the head is known.
         """
         if self.classifier is None:
             raise UnavailableError(
@@ -97,30 +122,67 @@ class TrainedModel:
             )
         return self.classifier
 
-    def at_pooling(self) -> tuple[nn.Module, nn.Module]:
-        """The classifier in two: up to the feature maps (N, C, H, W), and the rest.
+    def choice(self, method: str) -> SearchChoice:
+        """What the mask search chose for a method.
 
         Raises:
-            UnavailableError: there is no classifier, or it does not pool feature maps.
+            UnavailableError: there was no such search.
+        """
+        if method not in self.choices:
+            raise UnavailableError(f"{method} needs a mask search, and there was none.")
+        return self.choices[method]
+
+    def at_pooling(self) -> tuple[nn.Module, nn.Module]:
+        """The classifier in two parts: up to the feature maps (N, C, H, W), and the rest.
+
+        Raises:
+            UnavailableError: only the head is known, or the encoder does not pool feature maps.
         """
         layers = layers_of(self.whole().encoder)
         pools = [place for place, layer in enumerate(layers) if isinstance(layer, Pool)]
         if not pools:
-            raise UnavailableError("The detector needs feature maps, and the encoder pools none.")
+            raise UnavailableError(
+                "The detector needs feature maps, and the encoder does not pool any."
+            )
         maps, rest = layers[: pools[-1]], layers[pools[-1] :]
         return nn.Sequential(*maps), nn.Sequential(*rest, self.head)
 
 
+Maker = Callable[[TrainedModel], Detector]
+"""Makes a detector for a model."""
+
+
+def make(key: str, model: TrainedModel) -> Detector:
+    """Make a detector, not fitted yet.
+
+    Args:
+        key: of a row in `opnp.detectors.names.DETECTORS`, or ``module:factory``, a function that
+            returns a detector of pytorch-ood for a `TrainedModel`.
+        model: left as it is.
+
+    Raises:
+        InputError: there is no such detector, or the factory returns something else.
+        UnavailableError: the model lacks what the detector needs.
+    """
+    made = names.maker(key)(model)
+    if not isinstance(made, Detector):
+        raise InputError(
+            f"The detector {key} is of the type {type(made).__name__}: let its function return a "
+            "detector of pytorch-ood, such as a FeaturesDetector or a LogitsDetector."
+        )
+    return made
+
+
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Samples as they were cached.
+    """Cached samples.
 
     Attributes:
         features: penultimate features (N, L).
-        labels: (N,); none for outliers.
-        images: returns the normalized images (N, C, H, W); called for each fit and each score of a
-            detector of images, and for no other.
-        logits: of the model's head, (N, K), where several detectors shall share them.
+        labels: (N,); None for outliers.
+        images: returns the normalized images (N, C, H, W). Each fit and each scoring of a detector
+            of images calls it; other detectors do not.
+        logits: (N, K) of the model's head, if several detectors share them.
     """
 
     features: Tensor
@@ -143,7 +205,7 @@ def fit(detector: Detector, model: TrainedModel, samples: Samples) -> None:
 
     Raises:
         UnavailableError: it cannot be fitted for this model or on these samples.
-        TypeError: it is of a class that takes neither logits, features nor images.
+        TypeError: its class takes neither logits, features nor images.
     """
     if not detector.requires_fit:
         return
@@ -164,11 +226,11 @@ def fit(detector: Detector, model: TrainedModel, samples: Samples) -> None:
 
 
 def score(detector: Detector, model: TrainedModel, samples: Samples) -> Tensor:
-    """Outlier scores (N,), float64, larger = OOD.
+    """Outlier scores (N,), float64; larger means OOD.
 
     Raises:
-        UnavailableError: it cannot score these samples, or scores are not finite.
-        TypeError: it is of a class that takes neither logits, features nor images.
+        UnavailableError: it cannot score these samples, or some scores are not finite.
+        TypeError: its class takes neither logits, features nor images.
     """
     with reasons(detector), torch.no_grad():
         scores = torch.cat([s.double() for _, s in scored(detector, model, samples)])
@@ -179,7 +241,7 @@ def score(detector: Detector, model: TrainedModel, samples: Samples) -> Tensor:
 
 @torch.no_grad()
 def predict(detector: Detector, model: TrainedModel, features: Tensor) -> Tensor:
-    """Outlier scores (N,), larger = OOD, of one batch of features (N, L).
+    """Outlier scores (N,) of one batch of features (N, L); larger means OOD.
 
     Raises:
         TypeError: the detector takes neither logits nor features.
@@ -194,10 +256,10 @@ def predict(detector: Detector, model: TrainedModel, features: Tensor) -> Tensor
 
 
 def features_seen(detector: Detector, model: TrainedModel, samples: Samples) -> Tensor:
-    """The features (N, L) that the head of the model is given when a fitted detector scores.
+    """The features (N, L) that reach the head of the model when a fitted detector scores.
 
-    ReAct clips them, ASH and SCALE shape them, RankFeat pools them from other feature maps; where
-    the detector does not call the head, they are the features as they are.
+    ReAct clips them, ASH and SCALE shape them, RankFeat pools them from other feature maps. If the
+    detector does not call the head, these are the samples' features.
 
     Raises:
         UnavailableError: it cannot score these samples.
@@ -211,8 +273,8 @@ def features_seen(detector: Detector, model: TrainedModel, samples: Samples) -> 
         with reasons(detector), torch.no_grad():
             for batch, _ in scored(detector, model, samples):
                 if not given or given[-1] is batch:
-                    return samples.features  # nothing shapes them: spare the other batches
-                seen.append(given[-1].detach())  # the last, as ODIN calls it first for a gradient
+                    return samples.features  # the detector does not shape them
+                seen.append(given[-1].detach())  # ODIN first calls the head for a gradient
                 given.clear()
     finally:
         hook.remove()
@@ -222,7 +284,7 @@ def features_seen(detector: Detector, model: TrainedModel, samples: Samples) -> 
 def scored(
     detector: Detector, model: TrainedModel, samples: Samples
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of what a detector is given, and their scores."""
+    """Batches of what a detector takes, and their scores."""
     if takes_images(detector):
         for batch in images_of(samples).split(IMAGES):
             yield batch, detector.predict(batch)
@@ -235,7 +297,7 @@ def scored(
 
 
 def takes_images(detector: Detector) -> bool:
-    # A detector of feature maps has a backbone only if pooled features do not serve it.
+    # Only a detector that needs real feature maps is made with a backbone.
     if isinstance(detector, FeatureMapsDetector):
         return detector.backbone is not None
     return isinstance(detector, GradientDetector) and not isinstance(detector, FeaturesDetector)
@@ -265,13 +327,16 @@ def unknown_class(detector: Detector) -> TypeError:
 
 @contextmanager
 def reasons(detector: Detector) -> Iterator[None]:
-    """Tell what libraries raise when a detector cannot run here apart from programming errors."""
+    """Turn the errors that mean that a detector cannot run here into `UnavailableError`.
+
+    Other errors are mistakes in the code and pass through.
+    """
     name = type(detector).__name__
     try:
         yield
-    # IndexError: SHE looks up the predicted class among those that the training samples have.
+    # IndexError: SHE looks up the predicted class among the classes of the training samples.
     except (ValueError, AssertionError, IndexError, LinAlgError) as error:
         said = str(error).strip().splitlines()
-        line = traceback.extract_tb(error.__traceback__)[-1].line  # bare assertions say nothing
+        line = traceback.extract_tb(error.__traceback__)[-1].line  # an assertion may have no words
         reason = (said[0] if said else f"`{line}` does not hold").rstrip(".")
         raise UnavailableError(f"{name} cannot run here: {reason}.") from error

@@ -1,46 +1,176 @@
-"""The detectors by key, and the names that papers give them."""
+"""The one list of detectors: a row for each, and what follows from its name.
 
-__all__ = ["detector_name", "ours"]
+A detector of pytorch-ood needs a row here and a maker in `opnp.detectors.zoo`. One of our own needs
+a file in this room with its maker, a row here that names the file, and a test. A detector of yours
+needs neither: its name is ``module:factory``.
+
+Importing this module is cheap. The module of a detector, and with it pytorch-ood, is imported when
+the detector is made.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
+
+from opnp.errors import InputError
+
+if TYPE_CHECKING:
+    from pytorch_ood.api import Detector
+
+    from opnp.detectors.base import TrainedModel
+
+__all__ = ["DETECTORS", "Row", "alone", "check", "detector_name", "label", "maker", "ours"]
+
+Takes = Literal["logits", "features", "images", "search"]
+
+COMBINED = "opnp+"
 
 
-NAMES = {
-    "msp": "MSP",
-    "maxlogit": "MaxLogit",
-    "energy": "Energy",
-    "gen": "GEN",
-    "klmatching": "KL matching",
-    "react": "ReAct",
-    "dice": "DICE",
-    "ash": "ASH",
-    "scale": "SCALE",
-    "vra": "VRA",
-    "she": "SHE",
-    "knn": "KNN",
-    "mahalanobis": "Mahalanobis",
-    "rmd": "RMD",
-    "vim": "ViM",
-    "gmm": "GMM",
-    "fdbd": "fDBD",
-    "nci": "NCI",
-    "nnguide": "NNGuide",
-    "lts": "LTS",
-    "openmax": "OpenMax",
-    "nero": "NERO",
-    "odin": "ODIN",
-    "gradnorm": "GradNorm",
-    "rankfeat": "RankFeat",
-    "nac": "NAC",
-    "opp": "OPP",
-    "onp": "ONP",
-    "opnp": "OPNP",
+@dataclass(frozen=True)
+class Row:
+    """A detector.
+
+    Attributes:
+        key: its name in parameters and files.
+        name: its name as papers print it.
+        takes: what it scores: logits, penultimate features or images; or ``search``, if it is what
+            the mask search chose for one of its methods.
+        module: where its maker is, in a dictionary ``MAKERS`` by key. A maker takes a
+            `opnp.detectors.base.TrainedModel` and returns a detector.
+    """
+
+    key: str
+    name: str
+    takes: Takes
+    module: str = "opnp.detectors.zoo"
+
+
+DETECTORS = {
+    row.key: row
+    for row in (
+        Row("msp", "MSP", "logits"),
+        Row("maxlogit", "MaxLogit", "logits"),
+        Row("energy", "Energy", "logits"),
+        Row("gen", "GEN", "logits"),
+        Row("klmatching", "KL matching", "logits"),
+        Row("react", "ReAct", "features"),
+        Row("dice", "DICE", "features"),
+        Row("ash", "ASH", "features"),
+        Row("scale", "SCALE", "features"),
+        Row("vra", "VRA", "features"),
+        Row("she", "SHE", "features"),
+        Row("knn", "KNN", "features"),
+        Row("mahalanobis", "Mahalanobis", "features"),
+        Row("rmd", "RMD", "features"),
+        Row("vim", "ViM", "features"),
+        Row("gmm", "GMM", "features"),
+        Row("fdbd", "fDBD", "features"),
+        Row("nci", "NCI", "features"),
+        Row("nnguide", "NNGuide", "features"),
+        Row("lts", "LTS", "features"),
+        Row("openmax", "OpenMax", "logits"),
+        Row("nero", "NERO", "features", "opnp.detectors.nero"),
+        Row("odin", "ODIN", "images"),
+        Row("gradnorm", "GradNorm", "features", "opnp.detectors.gradnorm"),
+        Row("rankfeat", "RankFeat", "images"),
+        Row("nac", "NAC", "images", "opnp.detectors.nac"),
+        Row("opp", "OPP", "search", "opnp.detectors.searched"),
+        Row("onp", "ONP", "search", "opnp.detectors.searched"),
+        Row("opnp", "OPNP", "search", "opnp.detectors.searched"),
+        Row("opnp+react", "OPNP+ReAct", "search", "opnp.detectors.searched"),
+    )
 }
 
 
+def alone(name: str) -> str:
+    """The detector X of a combination ``opnp+X``; any other name stays as it is."""
+    return name if name in DETECTORS else name.removeprefix(COMBINED)
+
+
 def detector_name(name: str) -> str:
-    """A detector as papers write it; one that has no such name here keeps its own."""
-    return "+".join(NAMES.get(part, part) for part in name.split("+"))
+    """A detector's name as papers print it; a detector of the user's keeps its own name."""
+    key = alone(name)
+    printed = DETECTORS[key].name if key in DETECTORS else key
+    return printed if key == name else f"OPNP+{printed}"
+
+
+def label(name: str, pruned: float | None) -> str:
+    """A detector's printed name, marked if it might have pruned but did not.
+
+    Without pruning, OPP is the energy detector and OPNP+ViM is ViM: neither is a method of ours.
+
+    Args:
+        name: of the detector.
+        pruned: percent of the head's weights that it prunes; None if it is not one that prunes.
+    """
+    return detector_name(name) + " (nothing pruned)" * (pruned == 0)
 
 
 def ours(name: str) -> bool:
-    """Whether a detector prunes by sensitivity: OPP, ONP, OPNP, or one combined with it."""
-    return name.partition("+")[0] in ("opp", "onp", "opnp")
+    """Whether a detector prunes by sensitivity: OPP, ONP, OPNP, or a combination with OPNP."""
+    return alone(name) != name or (name in DETECTORS and DETECTORS[name].takes == "search")
+
+
+def check(name: str) -> None:
+    """Refuse a name that no detector has.
+
+    A name ``module:factory`` imports the module, which runs its code.
+
+    Raises:
+        InputError: there is no such detector, the module cannot be imported, or it holds no such
+            function.
+    """
+    key = alone(name)
+    if ":" in key:
+        factory(key)
+    elif key not in DETECTORS or (key != name and DETECTORS[key].takes == "search"):
+        raise unknown(name)
+
+
+def maker(key: str) -> "Callable[[TrainedModel], Detector]":
+    """The function that makes a detector for a trained model.
+
+    It raises `opnp.errors.UnavailableError` if the model lacks what the detector needs.
+
+    Args:
+        key: of a row, or ``module:factory``.
+
+    Raises:
+        InputError: there is no such detector.
+    """
+    if ":" in key:
+        return factory(key)
+    if key not in DETECTORS:
+        raise unknown(key)
+    found: Callable[[TrainedModel], Detector] = import_module(DETECTORS[key].module).MAKERS[key]
+    return found
+
+
+def unknown(name: str) -> InputError:
+    wanted, keys = alone(name), list(DETECTORS)
+    near = get_close_matches(wanted, keys, 3) or get_close_matches(wanted, keys, 3, cutoff=0)
+    return InputError(f"There is no detector {name!r}; did you mean {' or '.join(near)}?")
+
+
+def factory(spec: str) -> Callable[..., Any]:
+    """The function that ``module:factory`` names."""
+    place, _, name = spec.partition(":")
+    if not all(part.isidentifier() for part in [*place.split("."), name]):
+        raise InputError(
+            f"The detector {spec!r} is not of the form module:factory: give the name of a module "
+            "and of a function in it."
+        )
+    try:
+        module = import_module(place)
+    except Exception as error:  # a module of the user's may raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"The detector {spec} cannot be imported ({reason}): correct its module, or put it "
+            "where Python finds it."
+        ) from error
+    if not callable(found := getattr(module, name, None)):
+        what = "is not a function" if hasattr(module, name) else "does not exist"
+        raise InputError(f"The detector {spec} {what}: name a function of the module {place}.")
+    return found

@@ -39,6 +39,7 @@ from pytorch_ood.api import (
 from pytorch_ood.utils import extract_features, is_known
 from torch import Tensor, nn
 
+from opnp.detectors.base import Maker
 from opnp.errors import InputError
 from opnp.pruning.energy import bias_of, check_head, logits
 
@@ -253,3 +254,6 @@ class NERO(FeaturesDetector):
         share = torch.where(norm > 0, size.gather(1, low).sum(dim=1) / norm, 1.0)
         scores = (self._distance(neurons) + self.bias_scale * bias.abs()) * share
         return scores.to(torch.promote_types(x.dtype, torch.float32))
+
+
+MAKERS: dict[str, Maker] = {"nero": lambda m: NERO(None, m.head)}

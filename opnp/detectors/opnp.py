@@ -18,7 +18,7 @@ from pytorch_ood.api import (
 from pytorch_ood.utils import extract_features, is_known
 from torch import Tensor, nn
 
-from opnp.detectors import base, zoo
+from opnp.detectors import base
 from opnp.detectors.base import Samples, TrainedModel
 from opnp.errors import InputError
 from opnp.pruning.candidates import Candidate
@@ -95,7 +95,7 @@ class OPNP(FeaturesDetector):
             detector: scores the pruned model in place of the energy: a function of logits (N, K)
                 such as ``GEN.score``; a pytorch-ood detector of logits or of features that does
                 not hold the head, such as ``KNN(None, k=5)``, which is copied; or a name in
-                `opnp.detectors.zoo.DETECTORS`, which is made for the pruned head.
+                `opnp.detectors.names.DETECTORS`, which is made for the pruned head.
 
         Raises:
             InputError: percentages are out of range, or there is no such detector.
@@ -123,7 +123,7 @@ class OPNP(FeaturesDetector):
     def _make(self, model: TrainedModel) -> Detector:
         given = "energy" if self._given is None else self._given
         if isinstance(given, str):
-            return zoo.by_name(given)(model)
+            return base.make(given, model)
         if not isinstance(given, Detector):
             return LogitsScore(given)
         if not isinstance(given, LogitsDetector | FeaturesDetector):

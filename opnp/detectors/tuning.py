@@ -1,25 +1,27 @@
-"""OOD detectors on the same samples, each tuned by the same rule, alone or on a pruned model.
+"""Tuning of detectors: all by the same rule, on the same samples, alone or on a pruned model.
 
-A detector tries combinations of its hyperparameters, each judged by the mean FPR95 over the outlier
-sets, AUROC breaking ties. ``opnp+X`` is the detector X on a model that is pruned by the sensitivity
-of the features which X hands to the head; as in the mask search, it prunes no more than is needed
-to come within noise of the best.
+A detector tries combinations of its hyperparameters. The combination with the lowest mean FPR95
+over the outlier sets wins; AUROC breaks ties. ``opnp+X`` is the detector X on a pruned model, where
+the sensitivity is that of the features which X passes to the head. As in the mask search, the mask
+that prunes least wins among those within noise of the best.
 """
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from pytorch_ood.api import Detector, LogitsDetector
 from torch import Tensor
 
-from opnp.detectors import base, zoo
-from opnp.detectors.base import Samples, TrainedModel
+from opnp.detectors import base, names
+from opnp.detectors.base import Maker, Samples, TrainedModel
+from opnp.detectors.searched import SearchedMask
 from opnp.errors import InputError, UnavailableError
 from opnp.metrics.bootstrap import bootstrap_mean_fpr95
 from opnp.metrics.separation import fpr95_auroc
@@ -30,26 +32,26 @@ from opnp.pruning.sensitivity import SensitivitySums
 
 __all__ = ["Tuned", "tune"]
 
-COMBINED = "opnp+"
-RESAMPLES = 200  # behind the choice among masks within noise of the best
+RESAMPLES = 200  # of the bootstrap that says which masks are within noise of the best
 
 Option = TypeVar("Option")
 
 
 @dataclass(frozen=True, eq=False)
 class Tuned:
-    """A detector fitted with the values that were chosen for it.
+    """A detector, fitted with the values that were chosen for it.
 
     Attributes:
         detector: fitted on the training samples.
         model: the one it is fitted for, pruned if there is a mask.
-        mask: of ``opnp+X``; None if pruning nothing was the best, and for X alone.
-        hyperparameters: by name; of ``opnp+X`` also ``weights_low``, ``weights_high``,
+        mask: of ``opnp+X``; None if pruning nothing was best, and for X alone.
+        hyperparameters: by name; for ``opnp+X`` also ``weights_low``, ``weights_high``,
             ``neurons_low``, ``neurons_high`` and ``neuron_sensitivity``.
-        fit_seconds: to fit once with these values; with a mask also to measure the sensitivity.
-        fpr95: mean over the outlier sets, in percent; what it was chosen by.
-        auroc: mean over the outlier sets, in percent; what broke ties.
-        trials: number of combinations tried.
+        fit_seconds: time to fit once with these values; with a mask also to measure the
+            sensitivity.
+        fpr95: mean over the outlier sets, in percent; the lowest wins.
+        auroc: mean over the outlier sets, in percent; breaks ties.
+        trials: number of combinations tried; for a choice of the mask search, candidates.
     """
 
     detector: Detector
@@ -62,13 +64,29 @@ class Tuned:
     trials: int = 1
 
     def score(self, samples: Samples) -> Tensor:
-        """Outlier scores (N,), float64, larger = OOD, of samples of the unpruned model.
+        """Outlier scores (N,), float64, of samples of the unpruned model; larger means OOD.
 
         Raises:
             UnavailableError: the detector cannot score these samples.
         """
         seen = samples if self.mask is None else samples.pruned(self.mask)
         return base.score(self.detector, self.model, seen)
+
+    @property
+    def pruned(self) -> float | None:
+        """Percent of the head's weights that are pruned; None for a detector that never prunes."""
+        detector = self.detector
+        mask = detector.mask if isinstance(detector, SearchedMask) else self.mask
+        if mask is None:
+            return 0.0 if "weights_low" in self.hyperparameters else None
+        return 100 * mask.pruned
+
+    def pruned_logits(self, features: Tensor) -> Tensor | None:
+        """Logits (N, K) of features (N, L), if the detector is a choice of the mask search.
+
+        Only such a choice is made to keep the classifier's accuracy.
+        """
+        return self.detector.logits(features) if isinstance(self.detector, SearchedMask) else None
 
 
 def tune(
@@ -84,62 +102,69 @@ def tune(
 ) -> Tuned:
     """Choose a detector's hyperparameters, and for ``opnp+X`` a mask, and fit it with them.
 
-    X tries its default values and, of all combinations of its ``hyperparameter_space``, as many as
-    the budget allows, drawn by ``seed``. ``opnp+X`` spends half the budget so, and what is left on
-    masks with the best values of X; it may prune nothing, so that on the outlier sets it is never
-    worse than these by more than noise. Combinations that cannot run are skipped.
+    X tries its default values and further combinations of its ``hyperparameter_space``, which
+    ``seed`` draws, until the budget is spent. ``opnp+X`` spends half the budget this way, and the
+    rest on masks with the best values of X. It may prune nothing, so that on the outlier sets it is
+    never worse than X with these values by more than noise. Combinations that cannot run are
+    skipped.
 
     Args:
-        name: a key of `opnp.detectors.zoo.DETECTORS`, or ``opnp+`` and such a key.
+        name: a key of `opnp.detectors.names.DETECTORS` or ``module:factory``, alone or after
+            ``opnp+``.
         model: left as it is.
         train: training samples with labels.
         validation: ID validation samples.
-        outliers: of each outlier set. A detector of images holds those of all sets in memory.
-        budget: combinations to try at most.
+        outliers: samples of each outlier set. A detector of images holds the images of all sets in
+            memory.
+        budget: the largest number of combinations to try.
         seed: of the draws.
         candidates: what ``opnp+X`` may prune.
 
     Raises:
-        InputError: there is no such detector, no outlier set, or the budget is not positive.
+        InputError: there is no such detector or no outlier set, or the budget is not positive.
         UnavailableError: the detector cannot run on this model or these samples.
     """
-    alone = name.removeprefix(COMBINED)
-    combined = alone != name
-    make = zoo.by_name(alone)
+    key = names.alone(name)
+    combined = key != name
     if not outliers or budget < 1:
         raise InputError("Tuning needs at least one outlier set and a budget of one or more.")
-    default = make(model)
+    default = base.make(key, model)
     train, validation, *others = (
         shared(samples, default, model) for samples in (train, validation, *outliers.values())
     )
-    contest = Contest(make, model, train, validation, others, seed)
+    tuning = Tuning(partial(base.make, key), model, train, validation, others, seed)
 
     defaults, space = default.get_hyperparameters(), default.hyperparameter_space
     settings = [dict(zip(space, values, strict=True)) for values in product(*space.values())]
     settings = [defaults, *(values for values in settings if values != defaults)]
     for values in drawn(settings, max(1, budget // 2) if combined else budget, seed):
-        contest.enter(values, Candidate().record() if combined else {})
-
+        tuning.enter(values, Candidate().record() if combined else {})
     if combined:
-        best, start = contest.winner(), time.perf_counter()
-        seen = base.features_seen(best.detector, model, train)
-        sums = SensitivitySums.of(seen, model.head.weight, bias_of(model.head), model.temperature)
-        sensitivity = sums.mean()
-        before = best.fit_seconds + time.perf_counter() - start
-        chosen = best.detector.get_hyperparameters()
-        pruning = [each for each in candidates if any((*each.weights, *each.neurons))]
-        # The first candidate, which prunes nothing, is the best so far: it has been tried.
-        for each in drawn([Candidate(), *pruning], 1 + budget - contest.trials, seed)[1:]:
-            contest.enter(chosen, each.record(), each.mask(sensitivity), before)
-    return replace(contest.winner(), trials=contest.trials)
+        prune(tuning, candidates, budget)
+    trials = default.trials if isinstance(default, SearchedMask) else tuning.trials
+    return replace(tuning.winner(), trials=trials)
 
 
-class Contest:
+def prune(tuning: "Tuning", candidates: Sequence[Candidate], budget: int) -> None:
+    """Try masks with the best values so far, until the budget is spent."""
+    best, model, start = tuning.winner(), tuning.model, time.perf_counter()
+    seen = base.features_seen(best.detector, model, tuning.train)
+    sums = SensitivitySums.of(seen, model.head.weight, bias_of(model.head), model.temperature)
+    sensitivity = sums.mean()
+    seconds = best.fit_seconds + time.perf_counter() - start
+    values = best.detector.get_hyperparameters()
+    pruning = [each for each in candidates if any((*each.weights, *each.neurons))]
+    # The first candidate, which prunes nothing, has been tried: it is the best so far.
+    for each in drawn([Candidate(), *pruning], 1 + budget - tuning.trials, tuning.seed)[1:]:
+        tuning.enter(values, each.record(), each.mask(sensitivity), seconds)
+
+
+class Tuning:
     """Fits a detector with one combination after another, and keeps the best."""
 
     def __init__(
         self,
-        make: Callable[[TrainedModel], Detector],
+        make: Maker,
         model: TrainedModel,
         train: Samples,
         validation: Samples,
@@ -169,7 +194,7 @@ class Contest:
             values: hyperparameters of the detector.
             pruned: hyperparameters of the mask.
             mask: what to prune.
-            seconds: what the mask has taken.
+            seconds: time that making the mask took.
         """
         self.trials += 1
         try:
@@ -191,8 +216,9 @@ class Contest:
         if detector.requires_fit:
             base.fit(detector, model, self.train if mask is None else self.train.pruned(mask))
         seconds += time.perf_counter() - start
-        # After fitting, for ViM lowers its dimension to what the features allow.
-        entry = Tuned(detector, model, mask, detector.get_hyperparameters() | pruned, seconds)
+        # Asked after the fit, because ViM then lowers its dimension to what the features allow.
+        chosen = {name: plain(value) for name, value in detector.get_hyperparameters().items()}
+        entry = Tuned(detector, model, mask, chosen | pruned, seconds)
         inside = entry.score(self.validation)
         outside = torch.cat([entry.score(samples) for samples in self.outliers])
         fpr95, auroc = fpr95_auroc(inside, outside, self.sizes)
@@ -204,7 +230,7 @@ class Contest:
         return [len(samples.features) for samples in self.outliers]
 
     def winner(self) -> Tuned:
-        """The best so far; of those within noise of it one that prunes least.
+        """The best so far; among those within noise of it, the one that prunes least.
 
         Noise is one standard error of the difference, as in `opnp.pruning.search.choose`.
 
@@ -233,12 +259,17 @@ class Contest:
         )
 
 
+def plain(value: Any) -> Any:
+    """A hyperparameter that JSON can hold: numpy's numbers as Python's."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
 def rank(entry: Tuned) -> tuple[float, float]:
     return round(entry.fpr95, 9), -round(entry.auroc, 9)
 
 
 def shared(samples: Samples, detector: Detector, model: TrainedModel) -> Samples:
-    """The samples with what all combinations share: images read once, logits computed once."""
+    """The samples, such that all combinations read images once and compute logits once."""
     return replace(
         samples,
         images=samples.images and cache(samples.images),
@@ -247,7 +278,7 @@ def shared(samples: Samples, detector: Detector, model: TrainedModel) -> Samples
 
 
 def drawn(options: Sequence[Option], count: int, seed: int) -> list[Option]:
-    """The first option and as many others as ``count`` allows, in their order."""
+    """``count`` options in their order: the first, and others drawn by ``seed``."""
     first, *others = options
     places = random.Random(seed).sample(range(len(others)), min(count - 1, len(others)))
     return [first, *(others[place] for place in sorted(places))]

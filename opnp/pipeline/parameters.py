@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from opnp.detectors.names import check
 from opnp.errors import InputError
 
 __all__ = ["Parameters", "load"]
@@ -18,14 +19,6 @@ __all__ = ["Parameters", "load"]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$")]
 Percentage = Annotated[float, Field(ge=0, lt=100)]
 Positive = Annotated[int, Field(gt=0)]
-METHODS = ("opp", "onp", "opnp")
-DETECTORS = (
-    *METHODS, "msp", "maxlogit", "energy", "gen", "klmatching", "react", "dice", "ash", "scale",
-    "vra", "she", "knn", "mahalanobis", "rmd", "vim", "gmm", "fdbd", "nci", "nnguide", "lts",
-    "openmax", "nero", "odin", "gradnorm", "rankfeat", "nac",
-)  # fmt: skip
-"""The detectors of `opnp.detectors.zoo`, whose import would cost every command 20 seconds."""
-
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -175,10 +168,7 @@ class Evaluate(Section):
     @model_validator(mode="after")
     def consistent(self) -> Self:
         for name in self.detectors:
-            alone = name.removeprefix("opnp+")
-            if alone not in DETECTORS or (alone in METHODS and alone != name):
-                near = get_close_matches(alone, DETECTORS, 1) or list(DETECTORS)
-                raise ValueError(f"there is no detector {name!r}; did you mean {', '.join(near)}?")
+            check(name)
         if len(set(self.detectors)) < len(self.detectors):
             raise ValueError("detectors holds a name twice")
         return self

@@ -1,10 +1,11 @@
-"""Evaluate: tune every detector on proxies, then score the test sets, for the first time."""
+"""Evaluate: tune every detector on validation samples, then compare them on the test sets."""
 
 import logging
 import time
-from dataclasses import replace
-from functools import cache
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,191 +15,171 @@ from torch import Tensor, nn
 
 from opnp import workspace
 from opnp.backbones.backbone import load_backbone
+from opnp.detectors import names
 from opnp.errors import InputError, UnavailableError
 from opnp.metrics import ranking
 from opnp.pipeline.parameters import Parameters
 from opnp.pipeline.report import tables
 from opnp.pipeline.stages import features, fetch, search, sensitivity
-from opnp.pruning import energy, methods
-from opnp.pruning.candidates import Candidate, candidate_record, candidates_of, setting_of
-from opnp.pruning.sensitivity import Sensitivity, SensitivitySums
+from opnp.pruning import methods
+from opnp.pruning.candidates import Candidate, candidate_record, candidates_of
 from opnp.pruning.table import Judge
 from opnp.runtime import devices
 from opnp.runtime.files import atomic, read_json, write_csv, write_json
 from opnp.runtime.progress import track
 from opnp.runtime.tables import write_table
 
+if TYPE_CHECKING:  # pytorch-ood takes seconds to import
+    from opnp.detectors.base import Samples, TrainedModel
+    from opnp.detectors.tuning import Tuned
+
+ORACLES = ("opnp", "opnp+react")  # the methods for which the best mask in hindsight is reported
+
+
+@dataclass
+class Comparison:
+    """The detectors of a run, filled in step by step.
+
+    Attributes:
+        tuned: fitted detectors by name, in the order of the parameters.
+        scores: outlier scores (N,) of each detector on each test set; ``test`` is ID.
+        unavailable: why each of the other detectors could not run.
+        times: seconds to tune and to fit each detector, and milliseconds to score 1000 samples.
+    """
+
+    tuned: "dict[str, Tuned]" = field(default_factory=dict)
+    scores: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    unavailable: dict[str, str] = field(default_factory=dict)
+    times: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The figures of all detectors: what `metrics.json` and `intervals.json` hold."""
+
+    metrics: dict[str, Any]
+    intervals: dict[str, Any]
+    ranks: dict[str, dict[str, float]]
+
 
 def run(parameters: Parameters) -> dict[str, Any]:
-    """Tune every detector on proxies, then score the test sets, for the first time."""
-    from opnp.detectors import tuning
-    from opnp.detectors.base import Samples, TrainedModel, takes_images
-    from opnp.detectors.zoo import by_name
-    from opnp.metrics import bootstrap, calibration, separation
+    """Tune every detector, score the test sets for the first time, and compare the detectors.
 
-    # ViM says for each combination that it takes fewer dimensions where there are fewer.
+    Returns:
+        The contents of `metrics.json`.
+
+    Raises:
+        InputError: what earlier stages made is missing or damaged, or no detector can run.
+    """
+    # ViM logs each time that it takes fewer dimensions because there are fewer.
     logging.getLogger("pytorch_ood").setLevel(logging.ERROR)
-    settings, temperature = parameters.evaluate, parameters.energy.temperature
-    backbone = load_backbone(workspace.BACKBONE, parameters.train.backbone)
-    model, preprocessing = backbone.classifier, backbone.preprocessing
-    trained = TrainedModel(model.head, temperature, model, preprocessing.std)
-    measured = sensitivity.read(parameters)
     found = search.read(parameters)
     chosen = {method: Candidate.stated(found[method]) for method in methods.METHODS}
+    model = trained_model(parameters, found, chosen)
+    with devices.deterministic(threads=1), torch.no_grad():
+        comparison = tune(parameters, model, pruning_to_try(parameters, chosen))
+        test = test_samples(parameters)  # only from here on are test features read
+        score(comparison, test)
+        measured = measure(parameters, comparison, test, model.head)
+        oracle = oracles(parameters, model.head, chosen, test)
+    write(parameters, comparison, measured, oracle, test, model.head)
+    return measured.metrics
 
-    @cache  # the training features serve twice
-    def loaded(split: str) -> tuple[Tensor, Tensor]:
-        return features.load(parameters, split)[0]
 
-    def samples(split: str, limit: int | None = None) -> Samples:
-        h, labels = loaded(split)
-        stop = min(len(h), limit or len(h))
-        return Samples(
-            h[:stop],
-            labels[:stop],
-            lambda: features.load_images(parameters, split, stop),
-        )
+def trained_model(
+    parameters: Parameters, found: Mapping[str, Any], chosen: Mapping[str, Candidate]
+) -> "TrainedModel":
+    """The backbone as detectors take it, with what the mask search chose for it."""
+    from opnp.detectors.base import SearchChoice, TrainedModel
 
-    heads = {
-        method: candidate.mask(setting_of(measured, candidate)).apply(model.head)
+    backbone = load_backbone(workspace.BACKBONE, parameters.train.backbone)
+    choices = {
+        method: SearchChoice(candidate, found[method]["clip"], found["candidates"])
         for method, candidate in chosen.items()
     }
+    return TrainedModel(
+        backbone.classifier.head,
+        parameters.energy.temperature,
+        backbone.classifier,
+        backbone.preprocessing.std,
+        choices,
+    )
 
-    def pruned(method: str, features: Tensor) -> Tensor:
-        """Logits of what the search chose for a method."""
-        clip = chosen[method].clip
-        return heads[method](features if clip is None else features.clamp(max=clip))
 
-    train_split = samples("train")
-    train_images = samples("train", settings.training_images)
-    validation = samples("validation", settings.tuning_samples)
+def samples_of(parameters: Parameters, split: str, *limits: int | None) -> "list[Samples]":
+    """The first samples of a split, once for each limit; None for all of them."""
+    from opnp.detectors.base import Samples
+
+    [(h, labels)] = features.load(parameters, split)
+    stops = [min(len(h), limit or len(h)) for limit in limits]
+    return [
+        Samples(h[:stop], labels[:stop], partial(features.load_images, parameters, split, stop))
+        for stop in stops
+    ]
+
+
+def test_samples(parameters: Parameters) -> "dict[str, Samples]":
+    """The ID test set, and each OOD set by name."""
+    splits = {"test": "test", **{name: f"ood/{name}" for name in kinds_of(parameters)}}
+    return {name: samples_of(parameters, split, None)[0] for name, split in splits.items()}
+
+
+def kinds_of(parameters: Parameters) -> dict[str, str]:
+    """``near`` or ``far`` for each OOD set."""
+    return {name: entry.role for name, entry in fetch.manifest_of(parameters).ood.items()}
+
+
+def tune(
+    parameters: Parameters, model: "TrainedModel", candidates: list[Candidate]
+) -> Comparison:
+    """Tune and fit every detector on training, validation and outlier samples."""
+    from opnp.detectors import tuning
+    from opnp.detectors.base import make, takes_images
+
+    settings, comparison = parameters.evaluate, Comparison()
+    searched = search_times()
+    train, with_images = samples_of(parameters, "train", None, settings.training_images)
+    [validation] = samples_of(parameters, "validation", settings.tuning_samples)
     outliers = {
-        name: samples(split, settings.tuning_samples)
+        name: samples_of(parameters, split, settings.tuning_samples)[0]
         for name, split in features.outlier_splits(parameters).items()
     }
-    tuned: dict[str, tuning.Tuned] = {}
-    hyperparameters: dict[str, dict[str, Any]] = {}
-    trials: dict[str, int] = {}
-    times: dict[str, dict[str, float]] = {}
-    if workspace.TIMES.is_file():  # of the search
-        times = {
-            name: of for name, of in read_json(workspace.TIMES).items() if name in methods.METHODS
-        }
-    unavailable: dict[str, str] = {}
-    with devices.deterministic(threads=1), torch.no_grad():
-        for name in track(settings.detectors, "tune (detectors)", len(settings.detectors)):
-            if name in methods.METHODS:
-                kept = (*chosen[name].record(), "clip", "temperature")
-                hyperparameters[name] = {key: found[name][key] for key in kept}
-                trials[name] = found["candidates"]
-                start = time.perf_counter()
-                candidate = chosen[name]
-                SensitivitySums.of(
-                    train_split.features,
-                    model.head.weight,
-                    energy.bias_of(model.head),
-                    candidate.temperature,
-                    candidate.clip,
-                ).mean()
-                times[name] = times.get(name, {}) | {"fit": time.perf_counter() - start}
-                continue
-            start = time.perf_counter()
-            try:
-                on_images = takes_images(by_name(name.removeprefix("opnp+"))(trained))
-                tuned[name] = tuning.tune(
-                    name,
-                    trained,
-                    train_images if on_images else train_split,
-                    validation,
-                    outliers,
-                    budget=settings.budget,
-                    seed=parameters.seed,
-                    candidates=pruning_to_try(parameters, chosen),
-                )
-            except UnavailableError as error:
-                unavailable[name] = str(error)
-                continue
-            hyperparameters[name], trials[name] = tuned[name].hyperparameters, tuned[name].trials
-            seconds = time.perf_counter() - start
-            times[name] = {"tune": seconds, "fit": tuned[name].fit_seconds}
+    for name in track(settings.detectors, "tune (detectors)", len(settings.detectors)):
+        start = time.perf_counter()
+        try:
+            on_images = takes_images(make(names.alone(name), model))
+            tuned = tuning.tune(
+                name,
+                model,
+                with_images if on_images else train,
+                validation,
+                outliers,
+                budget=settings.budget,
+                seed=parameters.seed,
+                candidates=candidates,
+            )
+        except UnavailableError as error:
+            comparison.unavailable[name] = str(error)
+            continue
+        comparison.tuned[name] = tuned
+        seconds = searched.get(name, time.perf_counter() - start)
+        comparison.times[name] = {"tune": seconds, "fit": tuned.fit_seconds}
+    return comparison
 
-        # Only here are test features read.
-        manifest = fetch.manifest_of(parameters)
-        names = list(manifest.ood)
-        kinds = {name: manifest.ood[name].role for name in names}
-        test = {"test": samples("test"), **{name: samples(f"ood/{name}") for name in names}}
-        h, labels = test["test"].features, test["test"].labels
-        assert labels is not None
-        scores: dict[str, dict[str, Tensor]] = {}
-        for name in track(settings.detectors, "score (detectors)", len(settings.detectors)):
-            start = time.perf_counter()
-            try:
-                if name in methods.METHODS:
-                    t = chosen[name].temperature
-                    scores[name] = {
-                        split: -energy.energy_score(pruned(name, each.features), t).double()
-                        for split, each in test.items()
-                    }
-                elif name in tuned:
-                    scores[name] = {s: tuned[name].score(each) for s, each in test.items()}
-            except UnavailableError as error:
-                unavailable[name] = str(error)
-                continue
-            count = sum(len(each.features) for each in test.values())
-            milliseconds = 1e6 * (time.perf_counter() - start) / count
-            times[name] = times.get(name, {}) | {"score": milliseconds}
-        if not scores:
-            reasons = " ".join(unavailable.values())
-            raise InputError(f"None of evaluate.detectors can run here: {reasons}")
-        id_logits = {"unpruned": model.head(h)}
-        id_logits |= {method: pruned(method, h) for method in methods.METHODS if method in scores}
 
-        table: dict[str, dict[str, dict[str, float]]] = {}
-        intervals: dict[str, Any] = {}
-        resamples = settings.bootstrap
-        for method, by_set in track(scores.items(), "bootstrap (detectors)", len(scores)):
-            against = {split: by_set[split] for split in names}
-            by = {s: separation.ood_metrics(by_set["test"], against[s]) for s in names}
-            table[method] = ranking.with_means(by, kinds)
-            drawn = bootstrap.bootstrap(by_set["test"], against, kinds, resamples, parameters.seed)
-            intervals[method] = {split: spans(values) for split, values in drawn.items()}
-        result = {
-            "detectors": table,
-            "id": {name: calibration.calibration(f, labels) for name, f in id_logits.items()},
-        }
-        id_intervals = {
-            name: spans(calibration.calibration_intervals(f, labels, resamples, parameters.seed))
-            for name, f in id_logits.items()
-        }
-        ood = {name: test[name].features for name in names}
-        oracle = oracles(parameters, model.head, measured, chosen, h, ood)
-    ranks = ranking.ranks(table, names)
-    split_features = {split: each.features for split, each in test.items()}
-    write_scores(scores, split_features, labels, model.head)
-    write_roc(scores, names)
-    write_json(workspace.INTERVALS, {"detectors": intervals, "id": id_intervals})
-    evaluation = {
-        "hyperparameters": {name: hyperparameters[name] for name in scores},
-        "trials": {name: trials[name] for name in scores},
-        "sets": {s: {"kind": kinds[s], "count": manifest.ood[s].count} for s in names},
-        "id_test_samples": len(h),
-        "ranks": ranks,
-        "unavailable": unavailable,
-        "oracle": oracle,
-    }
-    write_json(workspace.EVALUATION, evaluation)
-    write_comparison(table, intervals, evaluation)
-    write_json(workspace.TIMES, times)
-    # The metrics come last: where they are, everything is.
-    write_json(workspace.METRICS, result)
-    return result
+def search_times() -> dict[str, float]:
+    """Seconds that the mask search took, for each of its methods, if they were measured here."""
+    if not workspace.TIMES.is_file():
+        return {}
+    times = read_json(workspace.TIMES)
+    return {method: times[method]["tune"] for method in methods.METHODS if method in times}
 
 
 def pruning_to_try(parameters: Parameters, chosen: dict[str, Candidate]) -> list[Candidate]:
-    """What a detector may prune in combination: what the search chose, and each end by itself.
+    """What a detector X may prune in ``opnp+X``: what the search chose, and each end by itself.
 
-    What is best for the energy need not be for others: detectors of features heed no weights, and
-    ViM, which adds the residual of the features, loses by pruned neurons.
+    What is best for the energy need not be best for X: detectors of features ignore pruned weights,
+    and ViM, which adds the residual of the features, loses by pruned neurons.
     """
     settings = parameters.search
     weights = [(0.0, high) for high in settings.weights_high if high]
@@ -216,31 +197,94 @@ def pruning_to_try(parameters: Parameters, chosen: dict[str, Candidate]) -> list
     ]
 
 
+def score(comparison: Comparison, test: "Mapping[str, Samples]") -> None:
+    """Score all test sets by every tuned detector.
+
+    Raises:
+        InputError: no detector can.
+    """
+    count = sum(len(each.features) for each in test.values())
+    tuned = comparison.tuned
+    for name in track(list(tuned), "score (detectors)", len(tuned)):
+        start = time.perf_counter()
+        try:
+            scores = {split: tuned[name].score(each) for split, each in test.items()}
+        except UnavailableError as error:
+            comparison.unavailable[name] = str(error)
+            continue
+        comparison.scores[name] = scores
+        comparison.times[name]["score"] = 1e6 * (time.perf_counter() - start) / count
+    if not comparison.scores:
+        reasons = " ".join(comparison.unavailable.values())
+        raise InputError(f"None of the detectors can run here: {reasons}")
+
+
+def measure(
+    parameters: Parameters,
+    comparison: Comparison,
+    test: "Mapping[str, Samples]",
+    head: nn.Linear,
+) -> Measured:
+    """Metrics of every detector on every OOD set, and of the classifier, with their intervals."""
+    from opnp.metrics import bootstrap, calibration, separation
+
+    resamples, seed = parameters.evaluate.bootstrap, parameters.seed
+    kinds, scores = kinds_of(parameters), comparison.scores
+    table: dict[str, dict[str, dict[str, float]]] = {}
+    intervals: dict[str, Any] = {}
+    for name, by_set in track(scores.items(), "bootstrap (detectors)", len(scores)):
+        inside, against = by_set["test"], {split: by_set[split] for split in kinds}
+        by = {split: separation.ood_metrics(inside, against[split]) for split in kinds}
+        table[name] = ranking.with_means(by, kinds)
+        drawn = bootstrap.bootstrap(inside, against, kinds, resamples, seed)
+        intervals[name] = {split: spans(values) for split, values in drawn.items()}
+    h, labels = test["test"].features, test["test"].labels
+    assert labels is not None
+    logits = {"unpruned": head(h)}
+    for name in scores:
+        if (pruned := comparison.tuned[name].pruned_logits(h)) is not None:
+            logits[name] = pruned
+    quality = {name: calibration.calibration(f, labels) for name, f in logits.items()}
+    id_intervals = {
+        name: spans(calibration.calibration_intervals(f, labels, resamples, seed))
+        for name, f in logits.items()
+    }
+    return Measured(
+        {"detectors": table, "id": quality},
+        {"detectors": intervals, "id": id_intervals},
+        ranking.ranks(table, list(kinds)),
+    )
+
+
+def spans(intervals: dict[str, tuple[float, float]]) -> dict[str, dict[str, float]]:
+    return {metric: {"low": low, "high": high} for metric, (low, high) in intervals.items()}
+
+
 def oracles(
     parameters: Parameters,
     head: nn.Linear,
-    measured: list[Sensitivity],
     chosen: dict[str, Candidate],
-    h: Tensor,
-    ood: dict[str, Tensor],
+    test: "Mapping[str, Samples]",
 ) -> dict[str, Any]:
-    """What choosing masks on the test sets themselves would have given, which nobody may do.
+    """What choosing masks on the test sets themselves would have given, which is not allowed.
 
-    Beside the lowest mean FPR95 of any candidate that keeps the accuracy on ID validation stands
-    how much of its gain over the unpruned head the mask chosen without these sets keeps.
+    The lowest mean FPR95 of all candidates that keep the accuracy on ID validation, and how much of
+    its gain over the unpruned head the mask keeps that was chosen without these sets.
     """
+    measured = sensitivity.read(parameters)
     rows = pq.read_table(workspace.TRIALS).to_pylist()
     floor = rows[0]["accuracy"] - parameters.search.max_accuracy_drop - 1e-9
     accurate = {Candidate.stated(row) for row in rows if row["accuracy"] >= floor}
     candidates = candidates_of(measured, search.grid_of(parameters))
-    tested = Judge.of(head, h, ood).trials(measured, candidates)
-    percentiles = {each["threshold"]: each["clip"] for each in sensitivity.settings_of(parameters)}
+    ood = {name: each.features for name, each in test.items() if name != "test"}
+    tested = Judge.of(head, test["test"].features, ood).trials(measured, candidates)
     by_candidate = {
         trial.candidate: trial.mean_fpr95
         for trial in track(tested, "oracle (masks)", len(candidates))
     }
+    percentiles = {each["threshold"]: each["clip"] for each in sensitivity.settings_of(parameters)}
     unpruned, found = by_candidate[candidates[0]], {}
-    for method in ("opnp", "opnp+react"):
+    for method in ORACLES:
         eligible = [
             each for each in candidates if methods.METHODS[method](each) and each in accurate
         ]
@@ -253,46 +297,69 @@ def oracles(
     return found
 
 
-def write_comparison(
-    table: dict[str, Any], intervals: dict[str, Any], evaluation: dict[str, Any]
+def write(
+    parameters: Parameters,
+    comparison: Comparison,
+    measured: Measured,
+    oracle: dict[str, Any],
+    test: "Mapping[str, Samples]",
+    head: nn.Linear,
 ) -> None:
-    """The comparison as a long table and as Markdown."""
-    write_table(workspace.COMPARISON, tables.long_table(table, intervals, evaluation))
-    text = tables.to_markdown(table, intervals, evaluation)
+    """Write scores, curves, tables and figures; the metrics come last."""
+    kinds, scores = kinds_of(parameters), comparison.scores
+    tuned = {name: comparison.tuned[name] for name in scores}
+    sizes = {name: len(each.features) for name, each in test.items()}
+    write_scores(scores, test, head)
+    write_roc(scores, list(kinds))
+    write_json(workspace.INTERVALS, measured.intervals)
+    evaluation = {
+        "hyperparameters": {name: each.hyperparameters for name, each in tuned.items()},
+        "trials": {name: each.trials for name, each in tuned.items()},
+        "pruned": {name: p for name, each in tuned.items() if (p := each.pruned) is not None},
+        "sets": {name: {"kind": kind, "count": sizes[name]} for name, kind in kinds.items()},
+        "id_test_samples": sizes["test"],
+        "ranks": measured.ranks,
+        "unavailable": comparison.unavailable,
+        "oracle": oracle,
+    }
+    write_json(workspace.EVALUATION, evaluation)
+    write_comparison(measured, evaluation)
+    write_json(workspace.TIMES, comparison.times)
+    # Where the metrics are, everything is.
+    write_json(workspace.METRICS, measured.metrics)
+
+
+def write_comparison(measured: Measured, evaluation: dict[str, Any]) -> None:
+    """Write the comparison as a long table and as Markdown."""
+    figures = (measured.metrics["detectors"], measured.intervals["detectors"], evaluation)
+    write_table(workspace.COMPARISON, tables.long_table(*figures))
     with atomic(workspace.COMPARISON_TEXT) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def spans(intervals: dict[str, tuple[float, float]]) -> dict[str, dict[str, float]]:
-    return {metric: {"low": low, "high": high} for metric, (low, high) in intervals.items()}
+        temporary.write_text(tables.to_markdown(*figures), encoding="utf-8")
 
 
 def write_scores(
-    scores: dict[str, dict[str, Tensor]],
-    split_features: dict[str, Tensor],
-    labels: Tensor,
-    head: nn.Linear,
+    scores: dict[str, dict[str, Tensor]], test: "Mapping[str, Samples]", head: nn.Linear
 ) -> None:
-    """One row for each test sample: its set, index, label, predicted class and outlier scores."""
+    """Write a row for each test sample: its set, index, label, predicted class and scores."""
     columns: dict[str, Any] = {"set": [], "index": [], "label": [], "prediction": []}
-    for split, h in split_features.items():
-        n = len(h)
+    for split, samples in test.items():
+        n, labels = len(samples.features), samples.labels if split == "test" else None
         columns["set"] += [split] * n
         columns["index"] += range(n)
-        columns["label"] += labels.tolist() if split == "test" else [-1] * n
-        columns["prediction"] += head(h).argmax(dim=1).tolist()
+        columns["label"] += [-1] * n if labels is None else labels.tolist()
+        columns["prediction"] += head(samples.features).argmax(dim=1).tolist()
     for name, by_set in scores.items():
-        columns[name] = torch.cat([by_set[split] for split in split_features]).numpy()
+        columns[name] = torch.cat([by_set[split] for split in test]).numpy()
     write_table(workspace.SCORES, pa.table(columns))
 
 
-def write_roc(scores: dict[str, dict[str, Tensor]], names: list[str]) -> None:
-    """ROC curves with ID positive, averaged over the OOD sets at each FPR, in percent."""
+def write_roc(scores: dict[str, dict[str, Tensor]], sets: list[str]) -> None:
+    """Write ROC curves with ID positive, averaged over the OOD sets at each FPR, in percent."""
     from opnp.metrics.separation import tpr_at_fpr
 
     fpr = np.linspace(0, 1, 101)
     curves = {
-        name: np.mean([tpr_at_fpr(by_set["test"], by_set[s], fpr) for s in names], axis=0)
+        name: np.mean([tpr_at_fpr(by_set["test"], by_set[s], fpr) for s in sets], axis=0)
         for name, by_set in scores.items()
     }
     rows = [
