@@ -25,12 +25,12 @@ from opnp.backbones import encoding as shards
 from opnp.backbones.backbone import Classifier, build
 from opnp.detectors import base
 from opnp.detectors.base import Samples, TrainedModel
-from opnp.detectors.zoo import DETECTORS
+from opnp.detectors.names import DETECTORS
 from opnp.errors import UnavailableError
 
 __all__ = ["main"]
 
-OF_IMAGES = ("odin", "rankfeat", "nac")
+OF_FEATURES = [key for key, row in DETECTORS.items() if row.takes in ("logits", "features")]
 CPU = torch.device("cpu")
 
 
@@ -72,7 +72,7 @@ class Problem:
 
     def cached(self, name: str, train: Samples, sets: list[Samples]) -> list[Tensor]:
         """Scores of every test set by a detector on what is cached."""
-        detector = DETECTORS[name](self.model)
+        detector = base.make(name, self.model)
         base.fit(detector, self.model, train)
         return [base.score(detector, self.model, samples) for samples in sets]
 
@@ -88,10 +88,10 @@ class Problem:
             ]
 
     def on_model(self, name: str) -> Detector:
-        """A detector as it is made for a model, with the values it has in `DETECTORS`."""
+        """A detector with its default values, as pytorch-ood makes it for a whole model."""
         if name == "gradnorm":
             return GradNorm(self.classifier, lambda each: each == "head.weight", self.batch)
-        detector = DETECTORS[name](self.model)
+        detector = base.make(name, self.model)
         encoder = self.classifier.encoder
         maps = nn.Sequential(encoder, nn.Unflatten(1, (self.model.head.in_features, 1, 1)))
         parts = {"model": self.classifier, "encoder": encoder, "backbone": maps}
@@ -152,8 +152,7 @@ def main() -> None:
     parser.add_argument("--test", type=int, default=1000, help="images of each test set")
     parser.add_argument("--sets", type=int, default=4, help="OOD sets")
     parser.add_argument("--batch-size", type=int, default=256)
-    every = [name for name in DETECTORS if name not in OF_IMAGES]
-    parser.add_argument("--detectors", nargs="+", choices=every, default=every)
+    parser.add_argument("--detectors", nargs="+", choices=OF_FEATURES, default=OF_FEATURES)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print one JSON object")

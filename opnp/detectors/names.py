@@ -10,11 +10,10 @@ the detector is made.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
 
-from opnp.errors import InputError
+from opnp.errors import InputError, did_you_mean, first_line
 
 if TYPE_CHECKING:
     from pytorch_ood.api import Detector
@@ -149,9 +148,7 @@ def maker(key: str) -> "Callable[[TrainedModel], Detector]":
 
 
 def unknown(name: str) -> InputError:
-    wanted, keys = alone(name), list(DETECTORS)
-    near = get_close_matches(wanted, keys, 3) or get_close_matches(wanted, keys, 3, cutoff=0)
-    return InputError(f"There is no detector {name!r}; did you mean {' or '.join(near)}?")
+    return InputError(f"There is no detector {name!r}; {did_you_mean(alone(name), DETECTORS)}")
 
 
 def factory(spec: str) -> Callable[..., Any]:
@@ -165,9 +162,8 @@ def factory(spec: str) -> Callable[..., Any]:
     try:
         module = import_module(place)
     except Exception as error:  # a module of the user's may raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
-            f"The detector {spec} cannot be imported ({reason}): correct its module, or put it "
+            f"The detector {spec} cannot be imported ({first_line(error)}): correct its module, or put it "
             "where Python finds it."
         ) from error
     if not callable(found := getattr(module, name, None)):

@@ -788,12 +788,6 @@ def test_real_outliers_may_stand_in_for_proxies() -> None:
     assert (found.proxies, found.outliers) == ([], {"more": "more.parquet"})
 
 
-def test_the_names_of_detectors_are_those_there_are() -> None:
-    from opnp.detectors.zoo import DETECTORS
-
-    assert set(parameters.DETECTORS) == {*parameters.METHODS, *DETECTORS}
-
-
 def test_a_lack_of_ood_sets_is_refused() -> None:
     values = parameters.load(ROOT / "params.yaml").model_dump()
     values["data"].update(near={}, far={})

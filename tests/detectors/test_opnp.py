@@ -457,7 +457,7 @@ def test_grid_search_tunes_a_composition_as_one_detector() -> None:
 
 
 def test_detectors_that_cannot_be_composed_are_refused() -> None:
-    with pytest.raises(InputError, match="'reakt': choose 'react'"):
+    with pytest.raises(InputError, match="'reakt'; did you mean react or"):
         OPNP(ENCODER, HEAD, detector="reakt")
     with pytest.raises(UnavailableError, match="whole classifier"):
         OPNP(ENCODER, HEAD, detector="odin")

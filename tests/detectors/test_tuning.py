@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,10 +13,10 @@ from torch import Tensor, nn
 
 from opnp import OPNP
 from opnp.backbones.backbone import Classifier
-from opnp.detectors import base, tuning
-from opnp.detectors.base import Samples, features_seen, fit, score
-from opnp.detectors.tuning import Tuned, tune
-from opnp.detectors.zoo import DETECTORS
+from opnp.detectors import base
+from opnp.detectors.base import Samples, features_seen, fit, make, score
+from opnp.detectors.names import DETECTORS, Row
+from opnp.detectors.tuning import Tuned, Tuning, tune
 from opnp.errors import InputError, UnavailableError
 from opnp.metrics.separation import ood_metrics
 from opnp.pruning.candidates import Candidate
@@ -68,7 +69,7 @@ def rank(id_scores: Tensor, scores: Sequence[Tensor]) -> tuple[float, float]:
 
 @pytest.mark.parametrize("name", ["react", "dice", "gen"])
 def test_tuning_picks_what_brute_force_picks(name: str) -> None:
-    default = DETECTORS[name](MODEL)
+    default = make(name, MODEL)
     space = default.hyperparameter_space
     first, *others = space
     values: list[dict[str, Any]] = [{first: value} for value in space[first]]
@@ -76,7 +77,7 @@ def test_tuning_picks_what_brute_force_picks(name: str) -> None:
         values = [{**each, other: value} for each in values for value in space[other]]
     ranks = []
     for each in [default.get_hyperparameters(), *values]:
-        one = DETECTORS[name](MODEL).set_hyperparameters(**each)
+        one = make(name, MODEL).set_hyperparameters(**each)
         fit(one, MODEL, TRAIN)
         ranks.append(
             (rank(score(one, MODEL, INSIDE), [score(one, MODEL, x) for x in SETS.values()]), each)
@@ -89,12 +90,15 @@ def test_tuning_picks_what_brute_force_picks(name: str) -> None:
     assert found.mask is None
     assert found.model is MODEL
     assert found.fit_seconds > 0
-    one = DETECTORS[name](MODEL).set_hyperparameters(**best)
+    one = make(name, MODEL).set_hyperparameters(**best)
     fit(one, MODEL, TRAIN)
     assert torch.equal(found.score(NEAR), score(one, MODEL, NEAR))
 
 
-@pytest.mark.parametrize("name", DETECTORS)
+COMBINABLE = [key for key, row in DETECTORS.items() if row.takes != "search"]
+
+
+@pytest.mark.parametrize("name", COMBINABLE)
 def test_every_detector_can_be_tuned_alone_and_combined(name: str) -> None:
     before = state(MODEL.whole())
     found = tuned(f"opnp+{name}", budget=3, candidates=CANDIDATES)
@@ -127,9 +131,12 @@ class Recorder(LogitsDetector):  # type: ignore[misc, unused-ignore]
         return -logits.max(dim=1).values
 
 
+MAKERS = {"recorder": lambda model: Recorder()}
+
+
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> type[Recorder]:
-    monkeypatch.setitem(DETECTORS, "recorder", lambda model: Recorder())
+    monkeypatch.setitem(DETECTORS, "recorder", Row("recorder", "Recorder", "logits", __name__))
     monkeypatch.setattr(Recorder, "tried", [])
     return Recorder
 
@@ -194,7 +201,7 @@ def test_with_nothing_to_prune_a_combination_is_the_detector(name: str) -> None:
     assert torch.equal(found.score(NEAR), alone.score(NEAR))
     everything = PruningMask(torch.ones(K, 16, dtype=torch.bool), torch.ones(16).bool())
     model = MODEL.pruned(everything)
-    detector = DETECTORS[name](model).set_hyperparameters(**alone.hyperparameters)
+    detector = make(name, model).set_hyperparameters(**alone.hyperparameters)
     fit(detector, model, TRAIN.pruned(everything))
     kept = replace(found, detector=detector, model=model, mask=everything)
     assert torch.equal(kept.score(NEAR), alone.score(NEAR))
@@ -211,7 +218,7 @@ def test_a_combination_is_never_worse_on_the_outliers_it_is_chosen_on(name: str)
 def test_a_mask_is_chosen_only_if_it_gains_more_than_noise(
     caught: int, missed: int, pruned: bool
 ) -> None:
-    contest = tuning.Contest(DETECTORS["energy"], MODEL, TRAIN, NEAR, [NEAR], seed=0)
+    attempts = Tuning(partial(make, "energy"), MODEL, TRAIN, NEAR, [NEAR], seed=0)
     mask = PruningMask(torch.ones(K, 16, dtype=torch.bool), torch.arange(16) > 2)
     n = len(NEAR.features)
     inside, half = torch.linspace(0, 1, n).double(), n // 2
@@ -220,15 +227,15 @@ def test_a_mask_is_chosen_only_if_it_gains_more_than_noise(
     masked[half : half + caught], masked[:missed] = 2.0, 0.5
     for each, outside in ((None, without), (mask, masked)):
         fpr95 = 100 * float((outside < 1).double().mean())
-        entry = tuning.Tuned(DETECTORS["energy"](MODEL), MODEL, each, {}, 0.0, fpr95, 50.0)
-        contest.entries.append((entry, inside, outside))
-    assert contest.entries[1][0].fpr95 < contest.entries[0][0].fpr95
-    assert (contest.winner().mask is mask) == pruned
+        entry = Tuned(make("energy", MODEL), MODEL, each, {}, 0.0, fpr95, 50.0)
+        attempts.entries.append((entry, inside, outside))
+    assert attempts.entries[1][0].fpr95 < attempts.entries[0][0].fpr95
+    assert (attempts.winner().mask is mask) == pruned
 
 
 @pytest.fixture
 def masks_win(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuning.Contest, "winner", lambda self: self.entries[-1][0])
+    monkeypatch.setattr(Tuning, "winner", lambda self: self.entries[-1][0])
 
 
 @pytest.mark.usefixtures("masks_win")
@@ -237,7 +244,7 @@ def test_a_combination_is_the_detector_on_the_pruned_model(name: str) -> None:
     candidate = CANDIDATES[3]
     found = tuned(f"opnp+{name}", 2, candidates=CANDIDATES[3:4])
     values = {k: v for k, v in found.hyperparameters.items() if k not in PERCENTAGES}
-    assert values == DETECTORS[name](MODEL).get_hyperparameters()
+    assert values == make(name, MODEL).get_hyperparameters()
     assert {k: found.hyperparameters[k] for k in PERCENTAGES} == {
         "weights_low": 0, "weights_high": 0, "neurons_low": 20, "neurons_high": 10,
         "neuron_sensitivity": "gradient",

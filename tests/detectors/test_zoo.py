@@ -36,15 +36,22 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from opnp.backbones.backbone import build
 from opnp.backbones.networks import Pool
-from opnp.detectors import base, zoo
-from opnp.detectors.base import Samples, TrainedModel, features_seen, fit, score
-from opnp.detectors.zoo import DETECTORS
+from opnp.detectors import base
+from opnp.detectors.base import Samples, SearchChoice, TrainedModel, features_seen, fit, make, score
+from opnp.detectors.names import DETECTORS
 from opnp.errors import InputError, UnavailableError
 from opnp.metrics.separation import ood_metrics
+from opnp.pruning.candidates import Candidate
 from opnp.pruning.masks import PruningMask
 
 K, WIDTH, T = 3, 16, 1.5
-OF_IMAGES = ("odin", "rankfeat", "nac")
+OF_IMAGES = tuple(key for key, row in DETECTORS.items() if row.takes == "images")
+CHOICES = {  # of a mask search
+    "opp": SearchChoice(Candidate((0, 5), (0, 0))),
+    "onp": SearchChoice(Candidate((0, 0), (10, 0), "taylor")),
+    "opnp": SearchChoice(Candidate((10, 2), (0, 10), temperature=2.0), trials=77),
+    "opnp+react": SearchChoice(Candidate((0, 5), (0, 0), clip=1.0), 90.0),
+}
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
@@ -72,7 +79,7 @@ def trained() -> TrainedModel:
     weight = 10 * torch.linalg.solve(gram, h.T @ F.one_hot(labels, K).double()).T.float()
     classifier.head.weight.copy_(weight[:, :WIDTH])
     classifier.head.bias.copy_(weight[:, WIDTH])
-    return TrainedModel(classifier.head, T, classifier, (0.5,))
+    return TrainedModel(classifier.head, T, classifier, (0.5,), CHOICES)
 
 
 MODEL = trained()
@@ -96,7 +103,7 @@ def one_thread() -> Iterator[None]:
 
 
 def fitted(name: str, model: TrainedModel = MODEL, train: Samples = TRAIN) -> Any:
-    detector = DETECTORS[name](model)
+    detector = make(name, model)
     fit(detector, model, train)
     return detector
 
@@ -170,18 +177,11 @@ def test_cached_samples_score_as_the_library_scores_images(name: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_gradnorm_is_the_norm_of_the_last_layers_gradient() -> None:
-    h = OUTSIDE.features
-    off = ((HEAD(h)).softmax(dim=1) - 1 / K).abs().sum(dim=1)
-    expected = -(off * h.abs().sum(dim=1)).double()
-    torch.testing.assert_close(score(fitted("gradnorm"), MODEL, OUTSIDE), expected)
-
-
 @pytest.mark.parametrize("name", [name for name in DETECTORS if name not in OF_IMAGES])
 def test_features_suffice_in_any_number_and_with_a_head_without_bias(name: str) -> None:
     head = nn.Linear(WIDTH, K, bias=False).requires_grad_(False)
     head.weight.copy_(HEAD.weight)
-    model = TrainedModel(head)
+    model = TrainedModel(head, choices=CHOICES)
     features = TRAIN.features.repeat(7, 1)[: base.BATCH + 5]
     detector = fitted(name, model, Samples(TRAIN.features, TRAIN.labels))
     scores = score(detector, model, Samples(features))
@@ -272,13 +272,6 @@ def test_hooks_go_even_if_scoring_fails() -> None:
     assert hooks(CLASSIFIER) == 0
 
 
-def test_a_detector_that_does_not_exist_is_refused_with_near_names() -> None:
-    with pytest.raises(InputError, match="'knm': choose 'knn'"):
-        zoo.by_name("knm")
-    with pytest.raises(InputError, match="'msp' or 'maxlogit' or"):
-        zoo.by_name("?")
-
-
 def without(train: Samples, label: int) -> Samples:
     assert train.labels is not None
     kept = train.labels != label
@@ -323,7 +316,7 @@ def test_a_singular_covariance_is_a_reason() -> None:
 def test_rankfeat_needs_feature_maps() -> None:
     tokens = build("vit", 1, K, 8, width=8).eval()
     with pytest.raises(UnavailableError, match="pools none"):
-        DETECTORS["rankfeat"](TrainedModel(tokens.head, 1.0, tokens))
+        make("rankfeat", TrainedModel(tokens.head, 1.0, tokens))
 
 
 def test_programming_errors_are_not_taken_for_reasons() -> None:
@@ -332,21 +325,3 @@ def test_programming_errors_are_not_taken_for_reasons() -> None:
     gram = Gram(HEAD, [ENCODER], K)
     with pytest.raises(TypeError, match="Gram takes neither"):
         score(gram, MODEL, TRAIN)
-
-
-@pytest.mark.parametrize("name", ["resnet", "convnext", "vit"])
-def test_nac_looks_at_the_end_of_each_stage(name: str) -> None:
-    model = build(name, 1, K, 8, width=8, depth=2).eval().requires_grad_(False)
-    ends = zoo.last_blocks(model)
-    blocks = [m for m in base.layers_of(model.encoder) if isinstance(m, type(ends[-1]))]
-    assert len(blocks) == 6
-    assert ends == blocks[1::2]
-    images, labels = pictures(2, 12)
-    features = model.encoder(images)
-    whole = TrainedModel(model.head, 1.0, model)
-    samples = Samples(features, labels, lambda: images)
-    detector = fitted("nac", whole, samples)
-    assert [len(layer.counts) for layer in detector._stats] == [
-        {"resnet": 8 << stage, "convnext": 8 << stage, "vit": 32}[name] for stage in range(3)
-    ]
-    assert score(detector, whole, samples).isfinite().all()

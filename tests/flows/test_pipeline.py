@@ -23,7 +23,7 @@ from opnp.backbones import shards
 from opnp.backbones.backbone import load_backbone
 from opnp.data import imagesets
 from opnp.data.imagesets import data_file, read_manifest
-from opnp.detectors.names import detector_name
+from opnp.detectors.names import detector_name, label
 from opnp.errors import InputError
 from opnp.metrics import ranking
 from opnp.pipeline import parameters, records, stages
@@ -253,7 +253,7 @@ def test_comparison_holds_every_detector_and_column(finished: Path) -> None:
         assert hyperparameters == evaluation["hyperparameters"][row["detector"]]
     text = (finished / artifacts.COMPARISON_TEXT).read_text()
     listed = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines()[4:]]
-    assert listed == [detector_name(name) for name in order]
+    assert listed[: len(order)] == [label(name, evaluation["pruned"].get(name)) for name in order]
 
 
 def test_splits_are_disjoint(finished: Path) -> None:
@@ -715,8 +715,9 @@ def test_every_detector_of_the_parameters_is_compared(workspace: Path) -> None:
     assert all(np.isfinite(scores[name].to_numpy()).all() for name in everything)
     text, page = artifacts.COMPARISON_TEXT.read_text(), artifacts.REPORT.read_text()
     for name in everything:
-        assert f"\n| {detector_name(name)} |" in text
-        assert detector_name(name) in page
+        shown = label(name, evaluation["pruned"].get(name))
+        assert f"\n| {shown} |" in text
+        assert shown in page
     records.record_run(chosen, {})
     children = mlflow_runs(mlflow_runs()[0].info.run_id)
     assert {run.data.tags["detector"] for run in children} == set(everything)

@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opnp.detectors.names import detector_name, ours
 from opnp.metrics import ranking
 from opnp.pipeline.report import tables
 
@@ -35,6 +34,7 @@ def comparison() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     evaluation = {
         "hyperparameters": {"energy": {}, "opnp+gen": {"gamma": 0.1}, "nac": {"k": [1, 2]}},
         "trials": {"energy": 0, "opnp+gen": 4, "nac": 2},
+        "pruned": {"opnp+gen": 12.5},
         "sets": {name: {"kind": kind, "count": 5} for name, kind in KINDS.items()},
         "ranks": ranking.ranks(detectors, list(KINDS)),
         "unavailable": {"odin": "needs the\nwhole network"},
@@ -91,12 +91,13 @@ def test_long_table_has_a_row_for_each_detector_and_column() -> None:
     first, near, *_, mean = rows[:6]
     assert first | {
         "kind": "near", "fpr95": 30.0, "fpr95_low": 29.0, "fpr95_high": 31.0, "auroc": 70.0,
-        "rank": 1.5, "trials": 4,
+        "rank": 1.5, "trials": 4, "pruned": 12.5,
     } == first  # fmt: skip
     assert json.loads(first["hyperparameters"]) == {"gamma": 0.1}
     assert near["rank"] is None
     assert mean["rank"] == 1.5
     assert mean["fpr95"] == pytest.approx(50 / 3)
+    assert rows[-1]["pruned"] is None
 
 
 def test_markdown_is_a_table_with_what_could_not_run_below() -> None:
@@ -113,22 +114,16 @@ def test_markdown_is_a_table_with_what_could_not_run_below() -> None:
     assert lines[7:] == ["", "Not compared:", "", "- ODIN: needs the whole network"]
 
 
+def test_markdown_marks_what_might_prune_but_did_not() -> None:
+    metrics, intervals, evaluation = comparison()
+    text = tables.to_markdown(metrics, intervals, evaluation | {"pruned": {"opnp+gen": 0.0}})
+    assert "\n| OPNP+GEN (nothing pruned) | **30.0** |" in text
+    assert "\n| NAC | 50.0 |" in text
+    assert "\nNothing pruned: the detector is better off without a mask" in text
+    assert "othing pruned" not in tables.to_markdown(metrics, intervals, evaluation)
+
+
 def test_markdown_says_nothing_where_all_could_run() -> None:
     metrics, intervals, evaluation = comparison()
     text = tables.to_markdown(metrics, intervals, {**evaluation, "unavailable": {}})
     assert "Not compared" not in text
-
-
-@pytest.mark.parametrize(
-    ("name", "shown", "own"),
-    [
-        ("opnp", "OPNP", True),
-        ("opnp+vim", "OPNP+ViM", True),
-        ("onp", "ONP", True),
-        ("vim", "ViM", False),
-        ("mine", "mine", False),
-    ],
-)
-def test_names(name: str, shown: str, own: bool) -> None:
-    assert detector_name(name) == shown
-    assert ours(name) is own

@@ -217,6 +217,7 @@ def write_evaluation(head: torch.nn.Linear, rng: torch.Generator) -> None:
                 "opnp+gen": {**mask, "gamma": 0.1},
             },
             "trials": dict.fromkeys(scores, 8),
+            "pruned": {"opp": 10.0, "opnp": 40.0, "opnp+gen": 40.0},
             "sets": {name: {"kind": kind, "count": 50} for name, kind in KINDS.items()},
             "id_test_samples": 80,
             "ranks": ranking.ranks(table, list(KINDS)),
@@ -301,6 +302,24 @@ def test_tables_hold_the_metrics_and_the_best_is_bold(
 def test_rows_that_prune_by_sensitivity_are_marked(page: str) -> None:
     marked = re.findall(r'<tr class="ours">\s*<th scope="row">(.*?)</th>', page)
     assert set(marked) == {"OPP", "OPNP", "OPNP+GEN"}
+
+
+@pytest.mark.usefixtures("run")
+def test_what_might_prune_but_did_not_is_not_shown_as_ours(page: str) -> None:
+    assert "nothing pruned" not in page
+    evaluation = read_json(workspace.EVALUATION, "")
+    evaluation["pruned"] |= {"opp": 0.0, "opnp+gen": 0.0}
+    write_json(workspace.EVALUATION, evaluation)
+    changed = render(parameters(MORE))
+    for table in ("FPR95 in percent", "AUROC in percent", "Means over the OOD sets"):
+        names = set(rows_of(changed, table))
+        assert {"OPP (nothing pruned)", "OPNP+GEN (nothing pruned)", "OPNP", "ViM"} <= names
+        assert not names & {"OPP", "OPNP+GEN"}
+    marked = re.findall(r'<tr class="ours">\s*<th scope="row">(.*?)</th>', changed)
+    assert set(marked) == {"OPNP"}
+    assert "the detector is better off without a mask" in changed
+    styles = shown_in_roc(read_evaluation(parameters(MORE), read_pruning(BACKBONE)))
+    assert "opnp+gen" not in styles
 
 
 def test_what_could_not_run_is_named_with_its_reason(page: str) -> None:

@@ -8,7 +8,7 @@ import matplotlib
 from jinja2 import Environment, StrictUndefined
 from ruamel.yaml import YAML
 
-from opnp.detectors.names import detector_name, ours
+from opnp.detectors.names import detector_name
 from opnp.metrics.separation import METRICS
 from opnp.pipeline.parameters import Parameters
 from opnp.pipeline.report.plots import (
@@ -41,12 +41,13 @@ def render(parameters: Parameters) -> str:
     )
     environment.filters |= {
         "chosen": chosen_values,
+        "label": evaluation.name,
         "name": detector_name,
         "number": number,
         "prunes": prunes,
         "span": span,
     }
-    environment.tests["ours"] = ours
+    environment.tests["ours"] = evaluation.prunes
     template = environment.from_string(
         files("opnp.pipeline.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     )

@@ -91,7 +91,7 @@ def histograms(evaluation: Evaluation) -> list[Plot]:
             break
         edges = np.histogram_bin_edges(np.concatenate([s for p in pairs.values() for s in p]), 60)
         for detector, (id_scores, ood_scores) in pairs.items():
-            title = f"{detector_name(detector)}: ID test and {name}"
+            title = f"{evaluation.name(detector)}: ID test and {name}"
             axes = axes_for(title, "Energy score S (higher: ID)", "Samples per bin (%)")
             for label, scores, colour in (("ID test", id_scores, BLUE), (name, ood_scores, ORANGE)):
                 share = 100 * np.histogram(scores, edges)[0] / len(scores)
@@ -101,7 +101,7 @@ def histograms(evaluation: Evaluation) -> list[Plot]:
             threshold = np.sort(id_scores)[n + (-95 * n // 100)]  # the largest to keep 95 % of ID
             axes.axvline(threshold, label="keeps 95 % of ID", **CUT)
             caption = (
-                f"{detector_name(detector)} on {name}: 95 % of ID test samples score "
+                f"{evaluation.name(detector)} on {name}: 95 % of ID test samples score "
                 f"{number(threshold, 2)} or more, and so do "
                 f"{number(evaluation.table[detector][name]['fpr95'])} % of the OOD samples."
             )
@@ -124,10 +124,10 @@ def roc_curves(evaluation: Evaluation) -> list[Plot]:
         axes = axes_for(f"ROC, {name}", "OOD samples passed, FPR (%)", "ID samples kept, TPR (%)")
         for detector, tpr in by_detector.items():
             colour, line = styles[detector]
-            axes.plot(fpr, tpr, color=colour, linestyle=line, label=detector_name(detector))
+            axes.plot(fpr, tpr, color=colour, linestyle=line, label=evaluation.name(detector))
         axes.axhline(95, color="#767676", linewidth=0.8)
         axes.set(xlim=(0, 100), ylim=(0, 102))
-        shown = ", ".join(map(detector_name, by_detector))
+        shown = ", ".join(map(evaluation.name, by_detector))
         caption = f"ROC curves, {name}: {shown}. The grey line is a TPR of 95 %."
         legend = {"loc": "lower right", "ncols": 1 + (len(by_detector) > 4)}
         plots.append(plot(axes, f"r{len(plots)}", caption, legend))
@@ -137,13 +137,13 @@ def roc_curves(evaluation: Evaluation) -> list[Plot]:
 def roc_styles(evaluation: Evaluation) -> dict[str, tuple[str, str]]:
     """Colour and line of what can be told apart in one plot.
 
-    These are Energy, OPP, ONP, OPNP, and by mean rank the best of OPNP's combinations and of the
-    others.
+    These are Energy, OPP, ONP, OPNP, and by mean rank the best of OPNP's combinations that prune
+    and of the other detectors.
     """
     order = ranking.ranked(evaluation.table, evaluation.ranks)
     rest = [name for name in order if name not in STYLES]
     others = [name for name in rest if not ours(name)][:1]
-    combined = [name for name in rest if ours(name)][:1]
+    combined = [name for name in rest if evaluation.prunes(name)][:1]
     return (
         dict.fromkeys(others, (GREEN, "solid"))
         | dict.fromkeys(combined, (PURPLE, "dashdot"))

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pyarrow import ArrowException
 
 from opnp import workspace
+from opnp.detectors.names import label, ours
 from opnp.errors import InputError
 from opnp.metrics import ranking
 from opnp.metrics.separation import METRICS
@@ -63,6 +64,7 @@ class Evaluation:
 
     Attributes:
         table: metrics by detector and column, detectors in the order of the parameters.
+        pruned: percent of the head's weights that a detector prunes, of those that may prune.
         unavailable: why each of the other detectors could not run.
         oracle: of a method, what a mask chosen on the test sets themselves would reach.
         times: of each detector, where they have been measured.
@@ -74,6 +76,7 @@ class Evaluation:
     id_intervals: dict[str, dict[str, dict[str, float]]]
     hyperparameters: dict[str, dict[str, Any]]
     trials: dict[str, int]
+    pruned: dict[str, float]
     ranks: dict[str, dict[str, float]]
     unavailable: dict[str, str]
     oracle: dict[str, dict[str, Any]]
@@ -82,6 +85,14 @@ class Evaluation:
     id_count: int
     scores: dict[str, dict[str, Array]]
     roc: dict[str, Array]
+
+    def name(self, detector: str) -> str:
+        """The printed name of a detector, marked if it might have pruned but did not."""
+        return label(detector, self.pruned.get(detector))
+
+    def prunes(self, detector: str) -> bool:
+        """Whether a detector is of our kind and prunes anything."""
+        return ours(detector) and self.pruned[detector] > 0
 
     @property
     def groups(self) -> dict[str, list[str]]:
@@ -192,6 +203,7 @@ def read_evaluation(parameters: Parameters, pruning: Pruning) -> Evaluation:
         unavailable = {n: reason for n, reason in record["unavailable"].items() if n in wanted}
         names = [name for name in wanted if name not in unavailable]
         tuned, trials = (select(record[key], names) for key in ("hyperparameters", "trials"))
+        pruned = select(record["pruned"], filter(ours, names))
         ranks = select(record["ranks"], names, (*sets, "mean"))
         oracle = select(record["oracle"], record["oracle"], (*CANDIDATE, "fpr95", "kept"))
         id_count = record["id_test_samples"]
@@ -224,6 +236,7 @@ def read_evaluation(parameters: Parameters, pruning: Pruning) -> Evaluation:
         id_intervals=id_intervals,
         hyperparameters=tuned,
         trials=trials,
+        pruned=pruned,
         ranks=ranks,
         unavailable=unavailable,
         oracle=oracle,

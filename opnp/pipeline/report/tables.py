@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.colors import Normalize, to_hex
 
-from opnp.detectors.names import detector_name
+from opnp.detectors.names import detector_name, label
 from opnp.metrics import ranking
 from opnp.metrics.ranking import Intervals, Metrics, columns, ranked
 from opnp.pipeline.parameters import Parameters
@@ -18,6 +18,12 @@ from opnp.pipeline.report.reading import Evaluation, Pruning
 from opnp.pipeline.report.words import number
 
 __all__ = ["long_table", "to_markdown"]
+
+
+NOTHING_PRUNED = (
+    "Nothing pruned: the detector is better off without a mask, and its figures are those of the "
+    "unpruned model."
+)
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,8 @@ def long_table(
 
     Returns:
         detector, column, kind, every metric with its interval as ``_low`` and ``_high``, rank (of
-        ``mean`` the mean rank; of ``near`` and ``far`` none), hyperparameters as JSON, and trials.
+        ``mean`` the mean rank; of ``near`` and ``far`` none), hyperparameters as JSON, trials, and
+        pruned, the percent of the head's weights that are pruned (none for other detectors).
     """
     kinds = kinds_of(evaluation)
     rows = []
@@ -139,6 +146,7 @@ def long_table(
             row["rank"] = evaluation["ranks"][name].get(column)
             row["hyperparameters"] = json.dumps(evaluation["hyperparameters"][name])
             row["trials"] = evaluation["trials"][name]
+            row["pruned"] = evaluation["pruned"].get(name)
             rows.append(row)
     return pa.Table.from_pylist(rows)
 
@@ -148,14 +156,16 @@ def to_markdown(
     intervals: Mapping[str, Intervals],
     evaluation: Mapping[str, Any],
 ) -> str:
-    """The comparison as GitHub shows it, and below it the detectors that could not run.
+    """The comparison as a table for GitHub, and below it the detectors that could not run.
+
+    A detector that might have pruned but did not is marked.
 
     Args:
         detectors: of `metrics.json`.
         intervals: ``detectors`` of `intervals.json`.
         evaluation: `evaluation.json`.
     """
-    kinds, places = kinds_of(evaluation), evaluation["ranks"]
+    kinds, places, pruned = kinds_of(evaluation), evaluation["ranks"], evaluation["pruned"]
     shown = columns(kinds)
     heads = [
         f"{column} ({kinds[column]})" if column in kinds else f"**{column}**" for column in shown
@@ -166,7 +176,7 @@ def to_markdown(
         cells = [f"{by[column]['fpr95']:.1f}" for column in shown]
         cells += [f"{by['mean']['auroc']:.1f}", f"{places[name]['mean']:.1f}"]
         interval = f" ({ends['low']:.1f}–{ends['high']:.1f})"
-        rows.append([detector_name(name), *cells, interval])
+        rows.append([label(name, pruned.get(name)), *cells, interval])
     best = [min(map(float, of)) for of in zip(*(row[1:-1] for row in rows), strict=True)]
     best[-2] = max(float(row[-3]) for row in rows)  # AUROC, the only one where higher is better
     lines = [["detector", *heads, "mean AUROC", "mean rank"], ["---"] + ["--:"] * (len(heads) + 2)]
@@ -179,6 +189,8 @@ def to_markdown(
         lines.append([name, *bold])
     text = "FPR95 in % (lower is better), of the mean with its 95 % interval; by mean rank.\n\n"
     text += "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    if 0 in pruned.values():
+        text += f"\n{NOTHING_PRUNED}\n"
     if missing := evaluation["unavailable"]:
         text += "\nNot compared:\n\n"
         text += "".join(

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from opnp.detectors.names import detector_name
 from opnp.metrics import ranking
 from opnp.pipeline.report.reading import CANDIDATE, Evaluation, Pruning
 
@@ -46,7 +45,7 @@ def outcome(pruning: Pruning, evaluation: Evaluation) -> str:
         parts.append(f"the mean FPR95 {sets} {change}")
     else:
         parts += [
-            f"{detector_name(name)} has a mean FPR95 of {number(means[name])} % {sets}"
+            f"{evaluation.name(name)} has a mean FPR95 of {number(means[name])} % {sets}"
             for name in evaluation.before_after
         ]
     if "opnp" in accuracy:
@@ -59,7 +58,7 @@ def outcome(pruning: Pruning, evaluation: Evaluation) -> str:
     )
     sentence = "; ".join(parts)
     lowest = number(min(means.values()))
-    winners = " and ".join(detector_name(n) for n, mean in means.items() if number(mean) == lowest)
+    winners = " and ".join(map(evaluation.name, (n for n in means if number(means[n]) == lowest)))
     told = f"{sentence[0].upper()}{sentence[1:]}. Of {len(means)} detectors"
     told += f", the lowest mean FPR95 is {lowest} %, by {winners}"
     if "opnp" in means and len(means) > 1:

@@ -129,15 +129,12 @@ def kinds_of(parameters: Parameters) -> dict[str, str]:
     return {name: entry.role for name, entry in fetch.manifest_of(parameters).ood.items()}
 
 
-def tune(
-    parameters: Parameters, model: "TrainedModel", candidates: list[Candidate]
-) -> Comparison:
+def tune(parameters: Parameters, model: "TrainedModel", candidates: list[Candidate]) -> Comparison:
     """Tune and fit every detector on training, validation and outlier samples."""
     from opnp.detectors import tuning
     from opnp.detectors.base import make, takes_images
 
-    settings, comparison = parameters.evaluate, Comparison()
-    searched = search_times()
+    settings, comparison = parameters.evaluate, Comparison(times=search_times())
     train, with_images = samples_of(parameters, "train", None, settings.training_images)
     [validation] = samples_of(parameters, "validation", settings.tuning_samples)
     outliers = {
@@ -162,17 +159,17 @@ def tune(
             comparison.unavailable[name] = str(error)
             continue
         comparison.tuned[name] = tuned
-        seconds = searched.get(name, time.perf_counter() - start)
-        comparison.times[name] = {"tune": seconds, "fit": tuned.fit_seconds}
+        took = {"tune": time.perf_counter() - start, "fit": tuned.fit_seconds}
+        comparison.times[name] = took | comparison.times.get(name, {})
     return comparison
 
 
-def search_times() -> dict[str, float]:
+def search_times() -> dict[str, dict[str, float]]:
     """Seconds that the mask search took, for each of its methods, if they were measured here."""
     if not workspace.TIMES.is_file():
         return {}
     times = read_json(workspace.TIMES)
-    return {method: times[method]["tune"] for method in methods.METHODS if method in times}
+    return {each: {"tune": times[each]["tune"]} for each in methods.METHODS if each in times}
 
 
 def pruning_to_try(parameters: Parameters, chosen: dict[str, Candidate]) -> list[Candidate]:
