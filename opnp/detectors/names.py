@@ -163,8 +163,8 @@ def factory(spec: str) -> Callable[..., Any]:
         module = import_module(place)
     except Exception as error:  # a module of the user's may raise anything
         raise InputError(
-            f"The detector {spec} cannot be imported ({first_line(error)}): correct its module, or put it "
-            "where Python finds it."
+            f"The detector {spec} cannot be imported ({first_line(error)}): correct its module, or "
+            "put it where Python finds it."
         ) from error
     if not callable(found := getattr(module, name, None)):
         what = "is not a function" if hasattr(module, name) else "does not exist"
