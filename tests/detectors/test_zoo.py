@@ -315,7 +315,7 @@ def test_a_singular_covariance_is_a_reason() -> None:
 
 def test_rankfeat_needs_feature_maps() -> None:
     tokens = build("vit", 1, K, 8, width=8).eval()
-    with pytest.raises(UnavailableError, match="pools none"):
+    with pytest.raises(UnavailableError, match="does not pool any"):
         make("rankfeat", TrainedModel(tokens.head, 1.0, tokens))
 
 
