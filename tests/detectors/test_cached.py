@@ -23,6 +23,7 @@ from opnp.detectors.mahalanobis import (
     RelativeMahalanobis,
     RelativeMahalanobisPP,
 )
+from opnp.detectors.nac import NAC
 from opnp.detectors.optfs import OptFS
 from opnp.detectors.ras import RAS
 from opnp.errors import InputError
@@ -30,8 +31,8 @@ from opnp.pruning.energy import linear_head
 
 K, L, N = 4, 10, 120
 ALL: list[type[CachedDetector]] = [
-    CADRef, CORE, ITP, KPCA, LINe, Mahalanobis, MahalanobisPP, OptFS, RAS, RelativeMahalanobis,
-    RelativeMahalanobisPP,
+    CADRef, CORE, ITP, KPCA, LINe, Mahalanobis, MahalanobisPP, NAC, OptFS, RAS,
+    RelativeMahalanobis, RelativeMahalanobisPP,
 ]  # fmt: skip
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -190,6 +191,38 @@ def test_optfs() -> None:
             shaped[inside] = x[inside] * worth[b]
         expected.append(-logsumexp(weight @ shaped + bias))
     np.testing.assert_allclose(scores(OptFS(None, head(), norm=50, bins=7), new), expected)
+
+
+def authors_edges(bins: int) -> Array:
+    """The edges that the code of NAC's authors gives, of which the last lies above 1."""
+    x = np.emath.logn(1e3, np.linspace(1, np.sqrt(1e3), num=bins // 2))
+    edges = np.concatenate([x[:-1], (1 - x)[::-1]])
+    edges[-1] += 1e-2
+    return np.asarray(edges)
+
+
+@pytest.mark.parametrize(("steepness", "bins", "enough"), [(1.0, 50, 5), (100.0, 10, 50)])
+def test_nac(steepness: float, bins: int, enough: int) -> None:
+    h, _, weight, bias, new = parts()
+
+    def states(x: Array) -> Array:
+        inputs = torch.from_numpy(x).requires_grad_()
+        logits = inputs @ torch.from_numpy(weight).T + torch.from_numpy(bias)
+        loss = -logits.log_softmax(dim=1).mean(dim=1).sum()  # the gradient is autograd's
+        (gradient,) = torch.autograd.grad(loss, inputs)
+        return np.asarray((steepness * inputs * gradient).sigmoid().detach().numpy())
+
+    edges, train = authors_edges(bins), states(h)
+    assert len(edges) == bins - 1
+    expected = []
+    for s in states(new):
+        covered = []
+        for j in range(L):
+            b = int(np.searchsorted(edges, s[j], side="right")) - 1
+            hits = ((train[:, j] >= edges[b]) & (train[:, j] < edges[b + 1])).sum()
+            covered.append(min(hits / enough, 1))
+        expected.append(-np.mean(covered))
+    np.testing.assert_allclose(scores(NAC(None, head(), steepness, bins, enough), new), expected)
 
 
 def test_kpca_with_a_cosine_kernel() -> None:
