@@ -23,6 +23,7 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from opnp.detectors.base import Maker
 from opnp.detectors.cached import CachedDetector, about, class_means
 from opnp.errors import InputError
 
@@ -116,3 +117,6 @@ class CADRef(CachedDetector):
         size = h.abs().sum(dim=1).clamp(min=SMALLEST)
         raising, lowering = (each.clamp(min=0).sum(dim=1) / size for each in (signed, -signed))
         return raising / self._logit_score(logits) + lowering / self.mean_score
+
+
+MAKERS: dict[str, Maker] = {"cadref": lambda m: CADRef(None, m.head)}

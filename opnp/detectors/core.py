@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from opnp.detectors.base import Maker
 from opnp.detectors.cached import CachedDetector, about, class_means
 
 __all__ = ["CORE"]
@@ -64,3 +65,6 @@ class CORE(CachedDetector):
         assert self.scale is not None
         mean, spread = self.scale
         return -((self._scores(h) - mean) / spread).sum(dim=1)
+
+
+MAKERS: dict[str, Maker] = {"core": lambda m: CORE(None, m.head)}

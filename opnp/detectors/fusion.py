@@ -24,17 +24,19 @@ tenth of the validation images reach, an exponential tail takes its place,
 where β is the mean excess of the validation scores above u, its maximum likelihood estimate.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from scipy.special import ndtri_exp
 from torch import Tensor
 
+from opnp.detectors.base import Samples
+from opnp.detectors.tuning import Tuned
 from opnp.errors import InputError
 
-__all__ = ["Calibration", "Combination", "combine"]
+__all__ = ["Calibration", "Combination", "Fusion", "combine"]
 
 TAIL = 0.1  # share of the validation scores that the exponential tail is fitted to
 LARGEST = 1e300  # surprise of a score that is infinite, or so far out that the tail overflows
@@ -133,3 +135,70 @@ def combine(surprises: Sequence[Tensor], how: Combination = "fisher") -> Tensor:
     if how == "z":
         stacked = -torch.from_numpy(ndtri_exp(-stacked.clamp(min=CERTAIN).numpy()))
     return stacked.sum(dim=0)
+
+
+@dataclass(frozen=True, eq=False)
+class Fusion:
+    """Tuned detectors as one, by Fisher's method; nothing is tuned in the fusion itself.
+
+    Attributes:
+        parts: the detectors by name.
+        calibrations: of each, on the same ID validation samples.
+    """
+
+    parts: Mapping[str, Tuned]
+    calibrations: Mapping[str, Calibration]
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Tuned], validation: Samples) -> "Fusion":
+        """Calibrate tuned detectors on ID validation samples, all that there are.
+
+        Raises:
+            InputError: there are no validation samples.
+            UnavailableError: a detector cannot score them.
+        """
+        found = {name: Calibration.of(part.score(validation)) for name, part in parts.items()}
+        return cls(parts, found)
+
+    def surprises(self, samples: Samples) -> dict[str, Tensor]:
+        """−log p of samples for each part, (N,), float64; larger means OOD.
+
+        Raises:
+            UnavailableError: a part cannot score these samples.
+        """
+        return {
+            name: self.calibrations[name].surprise(part.score(samples))
+            for name, part in self.parts.items()
+        }
+
+    def score(self, samples: Samples) -> Tensor:
+        """Outlier scores (N,), float64; larger means OOD. See `surprises`."""
+        return combine([*self.surprises(samples).values()])
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Those of each part, as ``PART/NAME``."""
+        return {
+            f"{name}/{key}": value
+            for name, part in self.parts.items()
+            for key, value in part.hyperparameters.items()
+        }
+
+    @property
+    def fit_seconds(self) -> float:
+        """Time to fit all parts."""
+        return sum(part.fit_seconds for part in self.parts.values())
+
+    @property
+    def trials(self) -> int:
+        """What the parts have tried together."""
+        return sum(part.trials for part in self.parts.values())
+
+    @property
+    def pruned(self) -> float | None:
+        """Percent of the head's weights that the part that prunes most prunes; None without one."""
+        shares = [part.pruned for part in self.parts.values() if part.pruned is not None]
+        return max(shares, default=None)
+
+    def pruned_logits(self, features: Tensor) -> None:
+        """No logits of its own: the classifier's stay as they are."""

@@ -21,6 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from opnp.detectors.base import Maker
 from opnp.detectors.cached import CachedDetector, about, class_means
 
 __all__ = ["ITP"]
@@ -90,3 +91,6 @@ def percentile(values: Tensor, percent: float) -> float:
     import numpy as np
 
     return float(np.percentile(values.cpu().numpy(), percent))
+
+
+MAKERS: dict[str, Maker] = {"itp": lambda m: ITP(None, m.head)}

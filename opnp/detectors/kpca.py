@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from opnp.detectors.base import Maker
 from opnp.detectors.cached import CachedDetector, about
 
 __all__ = ["KPCA"]
@@ -98,3 +99,6 @@ class KPCA(CachedDetector):
         assert self.components is not None
         centred = self._mapped(h) - self.centre
         return (centred - centred @ self.components @ self.components.T).norm(dim=1)
+
+
+MAKERS: dict[str, Maker] = {"kpca": lambda m: KPCA(None, m.head)}

@@ -21,6 +21,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from opnp.detectors.base import Maker
 from opnp.detectors.cached import CachedDetector, about, class_means
 from opnp.detectors.itp import percentile
 
@@ -89,3 +90,6 @@ class LINe(CachedDetector):
             logits = h[rows] @ torch.where(kept, self.weight, 0.0).T + self.bias
             energies[rows] = -logits.logsumexp(dim=1)
         return energies
+
+
+MAKERS: dict[str, Maker] = {"line": lambda m: LINe(None, m.head)}

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from opnp.detectors.base import Maker
 from opnp.detectors.cached import CachedDetector, about, class_means
 
 __all__ = ["Mahalanobis", "MahalanobisPP", "RelativeMahalanobis", "RelativeMahalanobisPP"]
@@ -114,3 +115,11 @@ def whitening(centred: Tensor) -> Tensor:
     if values.max() <= 0:
         return torch.eye(len(values)).to(centred)
     return (vectors * values.clamp(min=float(smallest)).rsqrt()) @ vectors.T
+
+
+MAKERS: dict[str, Maker] = {
+    "mahalanobis": lambda m: Mahalanobis(None, m.head),
+    "rmd": lambda m: RelativeMahalanobis(None, m.head),
+    "mahalanobis++": lambda m: MahalanobisPP(None, m.head),
+    "rmd++": lambda m: RelativeMahalanobisPP(None, m.head),
+}

@@ -22,6 +22,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from opnp.detectors.base import Maker
 from opnp.detectors.cached import CachedDetector, about
 
 __all__ = ["NAC"]
@@ -101,3 +102,6 @@ class NAC(CachedDetector):
         assert self.counts is not None
         coverage = (self.counts / self.enough).clamp(max=1).double()
         return -coverage.gather(0, self._places(h)).mean(dim=1)
+
+
+MAKERS: dict[str, Maker] = {"nac": lambda m: NAC(None, m.head)}

@@ -2,7 +2,8 @@
 
 A detector of pytorch-ood needs a row here and a maker in `opnp.detectors.zoo`. One of our own needs
 a file in this room with its maker, a row here that names the file, and a test. A detector of yours
-needs neither: its name is ``module:factory``.
+needs neither: its name is ``module:factory``. ``opnp+X`` is a detector X on a pruned model, and
+``A&B`` the fusion of A and B (see `opnp.detectors.fusion`).
 
 Importing this module is cheap. The module of a detector, and with it pytorch-ood, is imported when
 the detector is made.
@@ -20,11 +21,23 @@ if TYPE_CHECKING:
 
     from opnp.detectors.base import TrainedModel
 
-__all__ = ["DETECTORS", "Row", "alone", "check", "detector_name", "label", "maker", "ours"]
+__all__ = [
+    "DETECTORS",
+    "FUSED",
+    "Row",
+    "alone",
+    "check",
+    "detector_name",
+    "label",
+    "maker",
+    "ours",
+    "parts",
+]
 
 Takes = Literal["logits", "features", "images", "search"]
 
 COMBINED = "opnp+"
+FUSED = "&"
 
 
 @dataclass(frozen=True)
@@ -61,8 +74,8 @@ DETECTORS = {
         Row("vra", "VRA", "features"),
         Row("she", "SHE", "features"),
         Row("knn", "KNN", "features"),
-        Row("mahalanobis", "Mahalanobis", "features"),
-        Row("rmd", "RMD", "features"),
+        Row("mahalanobis", "Mahalanobis", "features", "opnp.detectors.mahalanobis"),
+        Row("rmd", "RMD", "features", "opnp.detectors.mahalanobis"),
         Row("vim", "ViM", "features"),
         Row("gmm", "GMM", "features"),
         Row("fdbd", "fDBD", "features"),
@@ -74,7 +87,16 @@ DETECTORS = {
         Row("odin", "ODIN", "images"),
         Row("gradnorm", "GradNorm", "features", "opnp.detectors.gradnorm"),
         Row("rankfeat", "RankFeat", "images"),
-        Row("nac", "NAC", "images", "opnp.detectors.nac"),
+        Row("mahalanobis++", "Mahalanobis++", "features", "opnp.detectors.mahalanobis"),
+        Row("rmd++", "RMD++", "features", "opnp.detectors.mahalanobis"),
+        Row("cadref", "CADRef", "features", "opnp.detectors.cadref"),
+        Row("core", "CORE", "features", "opnp.detectors.core"),
+        Row("itp", "ITP", "features", "opnp.detectors.itp"),
+        Row("kpca", "KPCA", "features", "opnp.detectors.kpca"),
+        Row("line", "LINe", "features", "opnp.detectors.line"),
+        Row("nac", "NAC", "features", "opnp.detectors.nac"),
+        Row("optfs", "OptFS", "features", "opnp.detectors.optfs"),
+        Row("ras", "RAS", "features", "opnp.detectors.ras"),
         Row("opp", "OPP", "search", "opnp.detectors.searched"),
         Row("onp", "ONP", "search", "opnp.detectors.searched"),
         Row("opnp", "OPNP", "search", "opnp.detectors.searched"),
@@ -88,8 +110,15 @@ def alone(name: str) -> str:
     return name if name in DETECTORS else name.removeprefix(COMBINED)
 
 
+def parts(name: str) -> list[str]:
+    """The detectors that a fusion ``A&B`` joins; any other name is the only one."""
+    return name.split(FUSED)
+
+
 def detector_name(name: str) -> str:
     """A detector's name as papers print it; a detector of the user's keeps its own name."""
+    if FUSED in name:
+        return " & ".join(map(detector_name, parts(name)))
     key = alone(name)
     printed = DETECTORS[key].name if key in DETECTORS else key
     return printed if key == name else f"OPNP+{printed}"
@@ -109,6 +138,8 @@ def label(name: str, pruned: float | None) -> str:
 
 def ours(name: str) -> bool:
     """Whether a detector prunes by sensitivity: OPP, ONP, OPNP, or a combination with OPNP."""
+    if FUSED in name:
+        return any(map(ours, parts(name)))
     return alone(name) != name or (name in DETECTORS and DETECTORS[name].takes == "search")
 
 
@@ -121,6 +152,12 @@ def check(name: str) -> None:
         InputError: there is no such detector, the module cannot be imported, or it holds no such
             function.
     """
+    if FUSED in name:
+        if len(set(parts(name))) < len(parts(name)):
+            raise InputError(f"The fusion {name!r} names a detector twice.")
+        for part in parts(name):
+            check(part)
+        return
     key = alone(name)
     if ":" in key:
         factory(key)

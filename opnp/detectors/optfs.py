@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from opnp.detectors.base import Maker
 from opnp.detectors.cached import CachedDetector, about
 
 __all__ = ["OptFS"]
@@ -81,3 +82,6 @@ class OptFS(CachedDetector):
         place, inside = self._places(h)
         shaped = torch.where(inside, h * self.norm * self.worth[place], 0.0)
         return -self.logits(shaped).logsumexp(dim=1)
+
+
+MAKERS: dict[str, Maker] = {"optfs": lambda m: OptFS(None, m.head)}

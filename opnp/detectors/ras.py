@@ -12,6 +12,7 @@ order of their indices.
 import torch
 from torch import Tensor
 
+from opnp.detectors.base import Maker
 from opnp.detectors.cached import CachedDetector, about
 
 __all__ = ["RAS"]
@@ -39,3 +40,6 @@ class RAS(CachedDetector):
         order = h.argsort(dim=1, stable=True)
         shifted = torch.empty_like(h).scatter_(1, order, self.profile.expand_as(h))
         return -self.logits(shifted).logsumexp(dim=1)
+
+
+MAKERS: dict[str, Maker] = {"ras": lambda m: RAS(None, m.head)}

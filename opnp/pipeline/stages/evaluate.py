@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from opnp.runtime.tables import write_table
 
 if TYPE_CHECKING:  # pytorch-ood takes seconds to import
     from opnp.detectors.base import Samples, TrainedModel
+    from opnp.detectors.fusion import Fusion
     from opnp.detectors.tuning import Tuned
 
 ORACLES = ("opnp", "opnp+react")  # the methods for which the best mask in hindsight is reported
@@ -47,7 +48,7 @@ class Comparison:
         times: seconds to tune and to fit each detector, and milliseconds to score 1000 samples.
     """
 
-    tuned: "dict[str, Tuned]" = field(default_factory=dict)
+    tuned: "dict[str, Tuned | Fusion]" = field(default_factory=dict)
     scores: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
     times: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -130,31 +131,40 @@ def kinds_of(parameters: Parameters) -> dict[str, str]:
 
 
 def tune(parameters: Parameters, model: "TrainedModel", candidates: list[Candidate]) -> Comparison:
-    """Tune and fit every detector on training, validation and outlier samples."""
+    """Tune and fit every detector on training, validation and outlier samples.
+
+    A fusion takes its parts as they are tuned alone, and is calibrated on all validation samples.
+    """
     from opnp.detectors import tuning
     from opnp.detectors.base import make, takes_images
+    from opnp.detectors.fusion import Fusion
 
     settings, comparison = parameters.evaluate, Comparison(times=search_times())
     train, with_images = samples_of(parameters, "train", None, settings.training_images)
-    [validation] = samples_of(parameters, "validation", settings.tuning_samples)
+    everything, validation = samples_of(parameters, "validation", None, settings.tuning_samples)
     outliers = {
         name: samples_of(parameters, split, settings.tuning_samples)[0]
         for name, split in features.outlier_splits(parameters).items()
     }
+
+    @cache  # a detector may also be a part of fusions
+    def alone(name: str) -> "Tuned":
+        return tuning.tune(
+            name,
+            model,
+            with_images if takes_images(make(names.alone(name), model)) else train,
+            validation,
+            outliers,
+            budget=settings.budget,
+            seed=parameters.seed,
+            candidates=candidates,
+        )
+
     for name in track(settings.detectors, "tune (detectors)", len(settings.detectors)):
         start = time.perf_counter()
         try:
-            on_images = takes_images(make(names.alone(name), model))
-            tuned = tuning.tune(
-                name,
-                model,
-                with_images if on_images else train,
-                validation,
-                outliers,
-                budget=settings.budget,
-                seed=parameters.seed,
-                candidates=candidates,
-            )
+            parts = {part: alone(part) for part in names.parts(name)}
+            tuned = parts[name] if name in parts else Fusion.of(parts, everything)
         except UnavailableError as error:
             comparison.unavailable[name] = str(error)
             continue
