@@ -10,7 +10,7 @@ import pytest
 import torch
 from pytorch_ood.api import FeaturesDetector, ModelNotSetException, RequiresFittingException
 from pytorch_ood.benchmark import Benchmark
-from pytorch_ood.detector import GEN, GMM, KNN, EnergyBased, Mahalanobis, ReAct, ViM
+from pytorch_ood.detector import GEN, GMM, KNN, EnergyBased, ReAct, ViM
 from pytorch_ood.detector.ash import ash_s
 from pytorch_ood.detector.scale import scale
 from pytorch_ood.utils import GridSearch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opnp import OPNP
+from opnp.detectors.mahalanobis import Mahalanobis
 from opnp.errors import InputError, UnavailableError
 from opnp.metrics.separation import ood_metrics
 from opnp.pruning.energy import bias_of, energy_score, linear_head
@@ -336,7 +337,9 @@ SCORES: dict[str, Callable[[Tensor, Tensor, nn.Linear], Tensor]] = {
         .predict_features(x)
     ),
     "gmm": lambda h, x, head: GMM(None).fit_features(h, LABELS).predict_features(x),
-    "mahalanobis": lambda h, x, head: Mahalanobis(None).fit_features(h, LABELS).predict_features(x),
+    "mahalanobis": lambda h, x, head: (
+        Mahalanobis(None, head).fit_features(h, LABELS).predict_features(x)
+    ),
 }
 SEEN: dict[str, Callable[[Tensor], Tensor]] = {
     "react": lambda h: h.clip(max=threshold(h)),

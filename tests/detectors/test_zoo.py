@@ -1,6 +1,5 @@
 """Every detector by name, on cached features and on images, against pytorch-ood itself."""
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -13,14 +12,12 @@ from pytorch_ood.detector import (
     DICE,
     GMM,
     KNN,
-    NACUE,
     ODIN,
     SCALE,
     SHE,
     EnergyBased,
     GradNorm,
     Gram,
-    Mahalanobis,
     MaxLogit,
     MaxSoftmax,
     RankFeat,
@@ -144,7 +141,6 @@ ENCODER, HEAD = CLASSIFIER.encoder, MODEL.head
 ENERGY = partial(EnergyBased.score, t=T)
 ON_MAPS = nn.Sequential(nn.Flatten(), HEAD)
 UNPOOLED = nn.Sequential(*base.layers_of(ENCODER)[:-1])
-GRADED = copy.deepcopy(CLASSIFIER).requires_grad_()
 
 # The library run on images.
 DIRECT: dict[str, Callable[[], Any]] = {
@@ -157,13 +153,11 @@ DIRECT: dict[str, Callable[[], Any]] = {
     "scale": lambda: SCALE(maps, ON_MAPS, detector=ENERGY),
     "she": lambda: SHE(ENCODER, HEAD),
     "knn": lambda: KNN(ENCODER),
-    "mahalanobis": lambda: Mahalanobis(ENCODER),
     "gmm": lambda: GMM(ENCODER),
     "vim": lambda: ViM(ENCODER, WIDTH // 2, HEAD.weight, HEAD.bias),
     "odin": lambda: ODIN(CLASSIFIER, norm_std=[0.5]),
     "gradnorm": lambda: GradNorm(CLASSIFIER, lambda name: name == "head.weight"),
     "rankfeat": lambda: RankFeat(UNPOOLED, nn.Sequential(Pool(), HEAD), detector=ENERGY),
-    "nac": lambda: NACUE(GRADED, base.layers_of(GRADED.encoder)[3:6]),
 }
 
 
@@ -285,14 +279,12 @@ FEATURES = Samples(TRAIN.features, TRAIN.labels)
 # Name, model, training samples, samples to score, the reason and the type of what caused it.
 CANNOT: list[tuple[str, TrainedModel, Samples, Samples, str, type[Exception] | None]] = [
     ("knn", BARE, cached(*pictures(2, 40)), OUTSIDE, "k=50 exceeds", ValueError),
-    ("mahalanobis", BARE, without(TRAIN, 0), OUTSIDE, "`assert .*` does not hold", AssertionError),
     ("she", BARE, without(TRAIN, 2), INSIDE, "out of (bounds|range)", IndexError),
     ("gmm", BARE, Samples(TRAIN.features), OUTSIDE, "labels, and there are none", ValueError),
     ("nero", BARE, FEATURES, Samples(TRAIN.features / 0), "NaN", InputError),
     ("ash", BARE, FEATURES, SILENT, "not finite", ValueError),
     ("odin", BARE, FEATURES, OUTSIDE, "whole classifier", None),
     ("odin", MODEL, FEATURES, FEATURES, "runs on images", ValueError),
-    ("nac", MODEL, FEATURES, OUTSIDE, "runs on images", ValueError),
 ]
 
 
