@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
@@ -146,13 +147,19 @@ def tune(parameters: Parameters, model: "TrainedModel", candidates: list[Candida
         name: samples_of(parameters, split, settings.tuning_samples)[0]
         for name, split in features.outlier_splits(parameters).items()
     }
+    of_images = set()
+    # A factory that does not return a detector is refused before anything is tuned.
+    for part in dict.fromkeys(part for name in settings.detectors for part in names.parts(name)):
+        with suppress(UnavailableError):  # tuning it will say why
+            if takes_images(make(names.alone(part), model)):
+                of_images.add(part)
 
     @cache  # a detector may also be a part of fusions
     def alone(name: str) -> "Tuned":
         return tuning.tune(
             name,
             model,
-            with_images if takes_images(make(names.alone(name), model)) else train,
+            with_images if name in of_images else train,
             validation,
             outliers,
             budget=settings.budget,
