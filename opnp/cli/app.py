@@ -364,10 +364,10 @@ def serve(
 
     Example: opnp serve --port 5000
     """
-    from opnp.deployment import mlflow_model
+    from opnp.deployment import http
     from opnp.tracking import registry
 
-    mlflow_model.serve(registry.uri(alias), host, port, max_bytes)
+    http.serve(registry.uri(alias), host, port, max_bytes)
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ as base64. What is too much is refused before anything is decoded.
 
 import base64
 import binascii
-from collections.abc import Awaitable, Callable, MutableMapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -26,7 +26,7 @@ from opnp.deployment.detector import SavedDetector
 from opnp.deployment.detector import load as load_detector
 from opnp.errors import InputError
 
-__all__ = ["Limits", "Served", "limited", "save", "serve"]
+__all__ = ["Limits", "Served", "save"]
 
 REQUIREMENTS = (
     "mlflow", "torch", "torchvision", "numpy", "pandas", "pyarrow", "pillow", "safetensors",
@@ -201,74 +201,3 @@ def example(detector: SavedDetector) -> Any:
     grey, file = Image.new(preprocessing.mode, (preprocessing.size,) * 2, "grey"), BytesIO()
     grey.save(file, "png")
     return pd.DataFrame({"image": [file.getvalue()]})
-
-
-# over HTTP --------------------------------------------------------------------------------------
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-Application = Callable[[Message, Receive, Send], Awaitable[None]]
-
-
-def limited(application: Application, most: int) -> Application:
-    """The application, with requests refused (413) whose body is of more than ``most`` bytes.
-
-    MLflow's server reads a body whole, whatever its size, before the model sees it.
-    """
-
-    async def refuse(send: Send) -> None:
-        text = f'{{"error_code": "BAD_REQUEST", "message": "A request may be of {most} bytes."}}'
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": 413, "headers": headers})
-        await send({"type": "http.response.body", "body": text.encode()})
-
-    async def call(scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await application(scope, receive, send)
-        stated = dict(scope["headers"]).get(b"content-length", b"0")
-        if not stated.isdigit() or int(stated) > most:
-            return await refuse(send)
-        # All of it is read here: the application would take an error of ours for its own.
-        parts: list[Message] = []
-        size, more = 0, True
-        while more:
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > most:
-                return await refuse(send)
-            parts.append(message)
-            more = message.get("more_body", False)
-
-        async def again() -> Message:
-            return parts.pop(0) if parts else await receive()
-
-        return await application(scope, again, send)
-
-    return call
-
-
-def serve(uri: str, host: str, port: int, most: int) -> None:
-    """Answer MLflow's protocol over HTTP until stopped.
-
-    Args:
-        uri: of an MLflow model.
-        host: 127.0.0.1 keeps it to this machine.
-        port: where it listens.
-        most: bytes of a request.
-
-    Raises:
-        InputError: there is no such model.
-    """
-    import uvicorn
-    from mlflow import pyfunc
-    from mlflow.exceptions import MlflowException
-    from mlflow.pyfunc import scoring_server
-
-    try:
-        model = pyfunc.load_model(uri)
-    except MlflowException as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{uri} cannot be served ({reason}): correct its name.") from None
-    application: Any = limited(scoring_server.init(model), most)
-    uvicorn.run(application, host=host, port=port)
