@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 
 from opnp.cli import app
+from opnp.deployment import mlflow_model
 from opnp.deployment.detector import SavedDetector
 from opnp.deployment.detector import load as load_detector
 from opnp.errors import InputError
@@ -170,7 +171,30 @@ def test_what_is_logged(registered: Path) -> None:
     lines = (folder / "requirements.txt").read_text().split()
     assert all(re.fullmatch(r"[a-z-]+==[\w.+]+", line) for line in lines), lines
     assert (folder / "code" / "network.py").is_file()
+    assert (folder / "code" / "opnp" / "__init__.py").is_file()
     assert not [path for path in folder.rglob("*") if path.suffix in {".pkl", ".pickle", ".pyc"}]
+
+
+@pytest.mark.parametrize("loader", ["opnp.deployment.mlflow_model", "opnp.serving"])
+def test_a_model_loads_with_its_own_code(
+    loader: str, own: Path, detector_folder: Path, tmp_path: Path
+) -> None:
+    """Also one that names the loader of version 0.1."""
+    model = tmp_path / "model"
+    mlflow_model.save(detector_folder, model, SPEC)
+    card = model / "MLmodel"
+    assert card.read_text().count("loader_module: opnp.deployment.mlflow_model\n") == 1
+    card.write_text(card.read_text().replace("opnp.deployment.mlflow_model", loader))
+    code = (
+        "import sys; from mlflow import pyfunc; model = pyfunc.load_model(sys.argv[1]);"
+        "found = model.predict(model.input_example); print(len(found), *found.columns);"
+        "import opnp; print(opnp.__file__)"
+    )
+    done = run_program("python", "-c", code, str(model), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    columns, file = done.stdout.splitlines()
+    assert columns == "1 score is_ood predicted"
+    assert file == str(model / "code" / "opnp" / "__init__.py")
 
 
 def test_mlflow_serves_it(registered: Path) -> None:
@@ -201,11 +225,11 @@ def test_mlflow_serves_it(registered: Path) -> None:
 
 
 def check_limits(address: str, port: int, image: bytes) -> None:
-    """The server refuses requests of more than 100,000 bytes, and lives on."""
+    """The server refuses requests of more than 100,000 bytes, and goes on serving."""
     status, good = ask(address, rows(image))
     assert status == 200, good
     status, bad = ask(address, b" " * 100_001)
-    assert (status, bad["message"]) == (413, "A request may be of 100000 bytes.")
+    assert (status, bad["message"]) == (413, "A request may hold at most 100000 bytes.")
     with socket.create_connection(("127.0.0.1", port)) as wire:  # of no stated length
         wire.sendall(
             b"POST /invocations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
