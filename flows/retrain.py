@@ -14,7 +14,7 @@ from prefect.events import emit_event
 from flows import dvc_repo, pipeline, prefect_server, schedule, workers
 from flows.fetch import fetch
 from flows.process import hide_what_is_told, program, timed
-from opnp.backbones.libraries import is_factory
+from opnp.backbones.specs import is_factory
 from opnp.cli.remedies import called_as
 from opnp.deployment import champion
 from opnp.deployment.champion import Verdict

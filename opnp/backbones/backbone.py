@@ -1,28 +1,38 @@
 """Backbones: an encoder that turns images into penultimate features, and a linear head.
 
-One string says which: the name of a small network of `opnp.backbones.networks`,
-``torchvision:resnet50``, ``timm:vit_base_patch16_224``, or ``package.module:factory``, a function
-of the user's that gives a model.
+One string says which, see `opnp.backbones.specs`: the name of a small network of
+`opnp.backbones.networks`, ``torchvision:resnet50``, ``timm:vit_base_patch16_224``, or
+``package.module:factory``, a function of the user's that returns a model.
 """
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opnp.backbones import heads
-from opnp.backbones.checkpoints import file_of, load_state, read_weights
-from opnp.backbones.libraries import DEFAULT, architecture, called, is_factory, weights_of
+from opnp.backbones import heads, specs
+from opnp.backbones.checkpoints import file_of, read_weights
+from opnp.backbones.libraries import DEFAULT, architecture, assumed, called, weights_of
+from opnp.backbones.matching import align, check_tensors, load_state
 from opnp.backbones.networks import NETWORKS
 from opnp.data.preprocessing import Preprocessing
 from opnp.errors import InputError
 from opnp.runtime import tensors
 
-__all__ = ["Backbone", "Classifier", "build", "from_spec", "load_backbone", "save_backbone"]
+__all__ = [
+    "Backbone",
+    "Classifier",
+    "build",
+    "check",
+    "from_spec",
+    "load_backbone",
+    "save_backbone",
+]
 
 
 class Classifier(nn.Module):
@@ -43,10 +53,10 @@ class Backbone:
     """A classifier and all that is needed to use it.
 
     Attributes:
-        classifier: its encoder and its head.
-        preprocessing: of the images it takes.
+        classifier: the encoder and the head.
+        preprocessing: turns an image into the classifier's input.
         classes: names of the K classes, in the order of the logits.
-        spec: ``name``, the string that `build` makes it of, and options.
+        spec: ``name``, from which `build` makes the classifier, and its options.
     """
 
     classifier: Classifier
@@ -55,33 +65,64 @@ class Backbone:
     spec: dict[str, Any]
 
 
-def build(name: str, channels: int, classes: int, size: int = 32, **options: Any) -> Classifier:
-    """An untrained classifier; but a factory's, which comes as the factory makes it.
+def check(backbone: Backbone, weights: str = "The weights of the model") -> None:
+    """Refuse a backbone that could not be used, or not be loaded once it is saved.
 
     Args:
-        name: see the module.
-        channels: of the images, 1 or 3.
-        classes: K, at least 2.
-        size: side of the images in pixels.
-        options: of a small network ``width``, where L = 4 × width, and ``depth``, the blocks in
-            each of three stages; of others what the library's model or the factory takes.
+        backbone: whose classes and tensors are checked.
+        weights: names its weights in errors, such as "The weights in FILE".
 
     Raises:
-        InputError: there is no such backbone, fewer than 2 classes, the images are too small, or
-            the model has no linear head.
-        UnavailableError: the library is not installed.
+        InputError: the model has fewer than 2 classes; names of classes are missing, empty or
+            given twice; or a tensor is sparse, without data or not finite.
     """
+    count, names = backbone.classifier.head.out_features, backbone.classes
+    check_count(count)
+    if len(names) != count:
+        raise InputError(f"The model has {count} classes, but {len(names)} are named.", "classes")
+    place: dict[str, int] = {}
+    for label, name in enumerate(names):
+        if not name.strip():
+            raise InputError(f"The name of class {label} is empty.", "classes")
+        if place.setdefault(name, label) < label:
+            raise InputError(f"Classes {place[name]} and {label} are both {name!r}.", "classes")
+    check_tensors(backbone.classifier, weights)
+
+
+def check_count(classes: int) -> None:
+    """Refuse a number of classes for which there is nothing to classify."""
     if classes < 2:
         raise InputError(
-            f"A classifier needs at least 2 classes, not {classes}: hold out fewer (data.held_out)."
+            f"A classifier needs at least 2 classes, with a logit each, not {classes}. Where one "
+            "logit f tells two classes apart, the logits 0 and f are the same classifier."
         )
+
+
+def build(name: str, channels: int, classes: int, size: int = 32, **options: Any) -> Classifier:
+    """An untrained classifier, except that a factory's model comes as the factory makes it.
+
+    Args:
+        name: of the model, see `opnp.backbones.specs`, without options.
+        channels: channels of the images, 1 or 3.
+        classes: K, at least 2.
+        size: side of the images in pixels.
+        options: ``width`` and ``depth`` of a small network, where L = 4 × width and depth is the
+            number of blocks in each of three stages; of others, what the library's model or the
+            factory takes.
+
+    Raises:
+        InputError: there is no such backbone, there are fewer than 2 classes, the images are too
+            small, or the model has no linear head.
+        UnavailableError: the library is not installed.
+    """
+    check_count(classes)
     if name not in NETWORKS:
         model = architecture(name, channels, size, classes, options)
         return divided(model, name, channels, size, classes)
     if name != "resnet" and size < 8:
         raise InputError(
-            f"The backbone {name!r} needs images of at least 8 pixels, not {size}: set "
-            "data.image_size, or train.backbone to resnet."
+            f"The backbone {name!r} needs images of at least 8 × 8 pixels, not {size} × {size}; "
+            "'resnet' takes any."
         )
     options = {"width": 32, **options}
     encoder = called(name, partial(NETWORKS[name], channels, size), options)
@@ -89,7 +130,7 @@ def build(name: str, channels: int, classes: int, size: int = 32, **options: Any
 
 
 def divided(
-    model: nn.Module, spec: str, channels: int, size: int, classes: int | None
+    model: nn.Module, name: str, channels: int, size: int, classes: int | None
 ) -> Classifier:
     """A model as encoder and head; see `opnp.backbones.heads`.
 
@@ -97,8 +138,9 @@ def divided(
         InputError: it has no linear head, or another number of classes.
     """
     encoder, head = heads.split(model, probe(channels, size))
+    check_count(head.out_features)
     if classes not in (None, head.out_features):
-        raise InputError(f"{spec} has {head.out_features} classes, not {classes}: take those.")
+        raise InputError(f"{name} has {head.out_features} classes, not {classes}.", "classes")
     return Classifier(encoder, head)
 
 
@@ -112,71 +154,151 @@ def from_spec(
     spec: str,
     weights: str | Path | None = None,
     preprocessing: Preprocessing | None = None,
-    classes: int | Sequence[str] | None = None,
+    classes: int | Iterable[str] | None = None,
     **options: Any,
 ) -> Backbone:
     """A trained classifier.
 
+    A model of a library is built as the library builds it for its published weights. Where a
+    setting matters that no file of weights holds, a warning says what was assumed.
+
     Args:
-        spec: see the module.
-        weights: a local file (.safetensors; .pt or .pth, never unpickling code); or the library's
-            name for its own, such as ``IMAGENET1K_V2`` (torchvision) or ``a1_in1k`` (timm), which
-            it downloads; without it, those it takes by itself. A factory's model keeps its own.
-        preprocessing: of the images, if it is not what the weights state.
-        classes: how many, or their names, if the weights do not say.
-        options: more arguments of the model: ``width`` and ``depth`` of a small network, what the
-            library's function takes (numbers), or what the factory takes.
+        spec: the model, see `opnp.backbones.specs`.
+        weights: a local file, ``FILE`` or ``FILE#KEY``, see `opnp.backbones.checkpoints`; or the
+            library's name for its own, such as ``IMAGENET1K_V2`` (torchvision) or ``a1_in1k``
+            (timm), which it downloads; None for those it uses by default. A factory's model keeps
+            the weights that the factory gives it.
+        preprocessing: of the images, unless the weights state it.
+        classes: their number or their names, unless the weights state them.
+        options: more options of the model, beside those in the spec; values that JSON has.
 
     Raises:
-        InputError: there is no such model, the weights are missing, damaged or of another model,
-            what they want of images is unknown, or the model has no linear head.
-        UnavailableError: the weights cannot be downloaded now, or the library is not installed.
+        InputError: there is no such model; the weights are missing, damaged or do not fit it; the
+            preprocessing is unknown; the model has no linear head; or see `check`.
+        UnavailableError: the weights cannot be downloaded, or the library is not installed.
     """
+    name, stated_options = specs.parse(spec)
+    options = as_json(stated_options | options)
+    count, names = numbered(classes)
+    if weights == "":
+        raise InputError("The name of the weights is empty.", "weights")
     file = file_of(weights)
-    state: dict[str, Tensor] = {}
-    if file is not None:
-        state, stated = read_weights(file)
+    state: Mapping[str, Tensor] = {}
+    if file is not None and weights is not None:
+        state, stated = read_weights(weights)
         if stated:
-            return restored(file, state, stated, spec, preprocessing, classes, options)
-    published = weights_of(spec, file, DEFAULT if weights is None else str(weights))
-    state, options = state or published.state, published.options | options
-    preprocessing = preprocessing or published.preprocessing
-    where = str(file or f"of {spec}")
+            return restored(file, state, stated, name, preprocessing, count, names, options)
+    known = weights_of(name, file, DEFAULT if weights is None else str(weights))
+    what = f"The weights in {file}" if file else f"The weights of {spec}"
+    state = state or known.state
+    preprocessing = preprocessing or known.preprocessing
     if preprocessing is None:
         raise InputError(
-            f"What the weights {where} want of images is not known: state the preprocessing they "
-            "were trained with."
+            f"{what} do not state the preprocessing of the images they were trained with.",
+            "preprocessing",
         )
-    names = list(classes) if isinstance(classes, Sequence) else None
-    if published.classes and classes in (None, len(published.classes)):
-        names = published.classes
-    count = len(names) if names else cast(int | None, classes)
     shape = (preprocessing.channels, preprocessing.size)
-    if spec in NETWORKS:
-        count = count or len(state.get("head.weight", ()))
-        classifier = build(spec, shape[0], count, size=shape[1], **options)
-        load_state(classifier, state, where)
+    if state:
+        options = assumed(name, state, options, None if known.published else str(file))
+        if count is None and known.published and known.classes:
+            count = len(known.classes)
+        count = count or classes_of(name, shape, state, options)
+    if name in NETWORKS:
+        if count is None:
+            raise InputError(f"{what} have no `head.weight` of {name!r}.", "weights")
+        classifier = build(name, shape[0], count, size=shape[1], **options)
+        load_state(classifier, state, what)
     else:
-        model = architecture(spec, *shape, count, options)
-        if state and count is None:  # as many as the file has
-            head = heads.find(model, probe(*shape))
-            model = architecture(
-                spec, *shape, len(state.get(f"{head}.weight", ())) or None, options
-            )
+        model = architecture(name, *shape, count, options)
         if state:
-            load_state(model, state, where)
-        classifier = divided(model, spec, *shape, count)
-    names = names or [str(index) for index in range(classifier.head.out_features)]
-    return Backbone(finished(classifier), preprocessing, names, {"name": spec, **options})
+            load_state(model, state, what)
+            check_tensors(model, what)
+        classifier = divided(model, name, *shape, count)
+    count = classifier.head.out_features
+    if names is None and known.classes is not None and len(known.classes) == count:
+        names = known.classes
+    names = names or [str(label) for label in range(count)]
+    backbone = Backbone(finished(classifier), preprocessing, names, {"name": name, **options})
+    check(backbone, what)
+    if specs.is_factory(name):
+        check_rebuilt(backbone)
+    return backbone
+
+
+def check_rebuilt(backbone: Backbone) -> None:
+    """Refuse a factory whose models differ although their weights are the same.
+
+    Raises:
+        InputError: built again, the model gives other logits.
+    """
+    model, own = backbone.classifier, backbone.preprocessing
+    name, shape = backbone.spec["name"], (own.channels, own.size)
+    again = build(channels=shape[0], classes=len(backbone.classes), size=shape[1], **backbone.spec)
+    load_state(again, model.state_dict(), f"The weights of {name}")
+    images = probe(*shape)
+    with torch.no_grad():
+        if not heads.close(finished(again)(images), model(images)):
+            raise InputError(
+                f"{name} returns a model that computes something else each time it is built, "
+                "though its weights are the same: keep what it draws at random, or reads from "
+                "elsewhere, as a parameter or a buffer."
+            )
+
+
+def as_json(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as they come back from a file.
+
+    Raises:
+        InputError: one of them is not a value of JSON.
+    """
+    try:
+        found: dict[str, Any] = json.loads(json.dumps(options, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise InputError(f"The model's options must be values of JSON ({error}).") from None
+    return found
+
+
+def numbered(classes: int | Iterable[str] | None) -> tuple[int | None, list[str] | None]:
+    """The number of classes, and their names if they are given.
+
+    Raises:
+        InputError: they are neither a number from 2 on nor a list of at least 2 names.
+    """
+    if classes is None:
+        return None, None
+    if isinstance(classes, str):
+        raise InputError(f"The classes must be a number or a list of names, not {classes!r}.")
+    if not isinstance(classes, Iterable):
+        check_count(int(classes))
+        return int(classes), None
+    names = [str(name) for name in classes]
+    if not names:
+        raise InputError("No class is named, though the names of classes are given.", "classes")
+    check_count(len(names))
+    return len(names), names
+
+
+def classes_of(
+    name: str, shape: tuple[int, int], state: Mapping[str, Tensor], options: Mapping[str, Any]
+) -> int | None:
+    """The number of classes of the weights: that of their head."""
+    if name in NETWORKS:
+        model: nn.Module = build(name, shape[0], 2, size=shape[1], **options)
+        head = "head"
+    else:
+        model = architecture(name, *shape, None, options)
+        head = heads.find(model, probe(*shape))
+    return len(align(state, model).get(f"{head}.weight", ())) or None
 
 
 def restored(
     path: Path,
-    state: dict[str, Tensor],
+    state: Mapping[str, Tensor],
     stated: dict[str, Any],
-    spec: str,
+    name: str,
     preprocessing: Preprocessing | None,
-    classes: int | Sequence[str] | None,
+    count: int | None,
+    names: list[str] | None,
     options: dict[str, Any],
 ) -> Backbone:
     """The backbone that `save_backbone` wrote, if it is what the caller says.
@@ -186,19 +308,19 @@ def restored(
     """
     check_stated(path, stated)
     own = Preprocessing.stated(stated["preprocessing"])
-    names: list[str] = stated["classes"]
-    wanted: dict[str, Any] = {"name": spec, **options}
+    classes: list[str] = stated["classes"]
+    wanted: dict[str, Any] = {"name": name, **options}
     for what, theirs, ours in (
         ("backbone", {key: stated["spec"].get(key) for key in wanted}, wanted),
         ("preprocessing", own, preprocessing),
-        ("number of classes", len(names), classes if isinstance(classes, int) else None),
-        ("classes", names, list(classes) if isinstance(classes, Sequence) else None),
+        ("number of classes", len(classes), count),
+        ("classes", classes, names),
     ):
         if ours not in (None, theirs):
-            raise InputError(f"{path} is of the {what} {theirs}, not {ours}: state what it is of.")
-    model = build(channels=own.channels, classes=len(names), size=own.size, **stated["spec"])
-    load_state(model, state, path)
-    return Backbone(finished(model), own, names, stated["spec"])
+            raise InputError(f"{path} states the {what} {theirs}, not {ours}.", what.split()[-1])
+    model = build(channels=own.channels, classes=len(classes), size=own.size, **stated["spec"])
+    load_state(model, state, f"The weights in {path}")
+    return Backbone(finished(model), own, classes, stated["spec"])
 
 
 def check_stated(path: Path, stated: dict[str, Any]) -> None:
@@ -214,18 +336,35 @@ def check_stated(path: Path, stated: dict[str, Any]) -> None:
 
 
 def finished(model: Classifier) -> Classifier:
-    """In evaluation mode, and not to be trained."""
+    """The model in evaluation mode, without gradients."""
     return model.eval().requires_grad_(False)
 
 
 def save_backbone(path: Path, backbone: Backbone) -> None:
-    """Write weights and all that is needed to use them as one safetensors file, atomically."""
+    """Write weights and all that is needed to use them as one safetensors file, atomically.
+
+    Raises:
+        InputError: see `check`.
+    """
+    check(backbone)
     metadata = {
         "preprocessing": backbone.preprocessing.as_json(),
         "classes": backbone.classes,
         "spec": backbone.spec,
     }
-    tensors.save(path, backbone.classifier.state_dict(), metadata)
+    tensors.save(path, apart(backbone.classifier.state_dict()), metadata)
+
+
+def apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with memory of their own each, as safetensors wants them: some models use the
+    same weights under two names."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in state.items():
+        memory = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return found
 
 
 def load_backbone(path: Path, factory: str | None = None) -> Backbone:
@@ -236,7 +375,8 @@ def load_backbone(path: Path, factory: str | None = None) -> Backbone:
 
     Args:
         path: the file.
-        factory: the ``package.module:factory`` that may be imported and called.
+        factory: the ``package.module:factory`` that may be imported and called; options after it
+            are ignored, since the file states them.
 
     Raises:
         InputError: the file is missing or damaged, or names a factory that the caller does not.
@@ -244,9 +384,6 @@ def load_backbone(path: Path, factory: str | None = None) -> Backbone:
     state, metadata = tensors.load(path, "stage:train")
     check_stated(path, metadata)
     name = metadata["spec"]["name"]
-    if is_factory(name) and name != factory:
-        raise InputError(
-            f"{path} wants to run the code of {name}: name it yourself (train.backbone), if you "
-            "trust it."
-        )
-    return restored(path, state, metadata, name, None, None, {})
+    if not specs.trusts(name, factory):
+        raise InputError(f"{path} wants to run the code of {name}, which is not trusted.", "trust")
+    return restored(path, state, metadata, name, None, None, None, {})

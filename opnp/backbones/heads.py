@@ -1,22 +1,22 @@
-"""The head of a classifier: the linear layer whose outputs are the logits, found by trying."""
+"""The head of a classifier: the linear layer whose outputs are the logits, found by trial."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from opnp.errors import InputError
+from opnp.errors import InputError, first_line
 
 __all__ = ["Encoder", "find", "split"]
 
-TOLERANCE = 1e-4  # of the largest logit: what may differ where sums are taken in another order
+TOLERANCE = 1e-4  # of the largest logit: by how much another order of summation may change it
 
 
 class Encoder(nn.Module):
-    """A model without its head: images (N, C, H, W) to what the head was given, (N, L).
+    """A model without its head: maps images (N, C, H, W) to the head's inputs, (N, L).
 
     Args:
-        model: with `torch.nn.Identity` in place of its head.
+        model: the model, with `torch.nn.Identity` in place of its head.
     """
 
     def __init__(self, model: nn.Module):
@@ -29,19 +29,19 @@ class Encoder(nn.Module):
 
 
 def find(model: nn.Module, images: Tensor) -> str:
-    """The name of the head: of the linear layers that compute as many outputs as there are logits,
-    the last one whose outputs, averaged over space at most, are the logits.
+    """The name of the head.
 
-    A layer is tried by doing without it. What a model makes of its features beyond a linear map
-    (a softmax, a ReLU, a second head) shows when head(features) and model(images) differ.
+    It is the last linear layer whose outputs are the logits, directly or averaged over space. Each
+    candidate is tried by running the model without it: where the model does more to its features
+    than a linear map (a softmax, a ReLU, a second head), head(features) and model(images) differ.
 
     Args:
         model: any classifier; its parameters and its mode are the same afterwards.
-        images: a probe batch of at least 2, (N, C, H, W), of a size that the model takes.
+        images: a probe batch of at least 2 images, (N, C, H, W), of a size that the model takes.
 
     Raises:
-        InputError: the model does not run on the images, gives no logits, or has no such head; the
-            sentence says what was found.
+        InputError: the model does not run on the images, does not return finite logits, or has no
+            such head; the sentence says what was found.
     """
     kind, training = type(model).__name__, model.training
     layers = {name: each for name, each in model.named_modules() if name and is_linear(each)}
@@ -58,12 +58,16 @@ def find(model: nn.Module, images: Tensor) -> str:
         if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(images):
             found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise InputError(
-                f"The model {kind} gives {found} for {len(images)} images, not logits (N, K): take "
-                "a classifier of images."
+                f"The model {kind} returns {found} for {len(images)} images, not logits (N, K)."
+            )
+        if not logits.isfinite().all():
+            raise InputError(
+                f"The model {kind} returns NaN or infinite logits for images of noise: its weights "
+                "or its preprocessing are at fault."
             )
         if not called:
             raise InputError(
-                f"The model {kind} has no linear head: it runs no nn.Linear and no 1 × 1 "
+                f"The model {kind} has no linear head: it runs neither an nn.Linear nor a 1 × 1 "
                 "convolution."
             )
         order = list(dict.fromkeys(reversed(called)))
@@ -79,17 +83,18 @@ def find(model: nn.Module, images: Tensor) -> str:
     found = f"its last linear layer is `{last}` ({described(layers[last])})"
     if not fitting:
         raise InputError(
-            f"The model {kind} has no linear head: {found}, but it gives {logits.shape[1]} logits."
+            f"The model {kind} has no linear head: {found}, but it returns {logits.shape[1]} "
+            "logits."
         )
     raise InputError(
-        f"The model {kind} has no linear head: {found}, and its logits are not what "
-        f"{' or '.join(f'`{name}`' for name in fitting)} gives, at most averaged over space; "
-        "something is done to them afterwards."
+        f"The model {kind} has no linear head: {found}, and its logits are not the outputs of "
+        f"{' or '.join(f'`{name}`' for name in fitting)}, neither directly nor averaged over "
+        "space; something is done to them afterwards."
     )
 
 
 def split(model: nn.Module, images: Tensor) -> tuple[nn.Module, nn.Linear]:
-    """Take a classifier apart: an encoder, which is the model without its head, and the head.
+    """Divide a classifier into an encoder, which is the model without its head, and the head.
 
     Args:
         model: any classifier; it becomes part of the encoder.
@@ -108,7 +113,7 @@ def split(model: nn.Module, images: Tensor) -> tuple[nn.Module, nn.Linear]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear layer, or a convolution that is one at each place."""
+    """Whether it is a linear layer, or a convolution that is one at each pixel."""
     if isinstance(module, nn.Conv2d):
         return (module.kernel_size, module.groups, module.padding) == ((1, 1), 1, (0, 0))
     return isinstance(module, nn.Linear)
@@ -126,9 +131,9 @@ def as_linear(module: nn.Module) -> nn.Linear:
 
 
 def gives_logits(model: nn.Module, name: str, images: Tensor, logits: Tensor) -> bool:
-    """Whether the model's logits (N, K) are those of the layer, on what reaches it.
+    """Whether the model's logits (N, K) are the layer's outputs.
 
-    Seen twice: with the layer's weights, and with others, since those of a head that starts at zero
+    Tested with the layer's own weights and with random ones, since a head whose weights are zero
     would agree with anything.
     """
     layer = model.get_submodule(name)
@@ -142,7 +147,7 @@ def gives_logits(model: nn.Module, name: str, images: Tensor, logits: Tensor) ->
     try:
         expected = replaced(model, layer, other, images)
         features = replaced(model, layer, nn.Identity(), images)
-    except InputError:  # it asks more of its head than to be called
+    except InputError:  # the model does more with its head than call it
         return False
     with torch.no_grad():
         return features.ndim == 2 and all(
@@ -152,7 +157,7 @@ def gives_logits(model: nn.Module, name: str, images: Tensor, logits: Tensor) ->
 
 
 def replaced(model: nn.Module, layer: nn.Module, other: nn.Module, images: Tensor) -> Tensor:
-    """What the model gives with another module in the place of a layer."""
+    """The model's outputs with another module in place of a layer."""
     substitute(model, layer, other)
     try:
         outputs: Tensor = attempt(model, images)
@@ -162,13 +167,13 @@ def replaced(model: nn.Module, layer: nn.Module, other: nn.Module, images: Tenso
 
 
 def close(one: Tensor, other: Tensor) -> bool:
-    """Whether two batches of logits are the same but for rounding."""
+    """Whether two batches of logits are the same up to rounding."""
     scale = float(other.abs().max())
     return one.shape == other.shape and torch.allclose(one, other, TOLERANCE, TOLERANCE * scale)
 
 
 def substitute(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place, or the places, of another."""
+    """Replace a module by another, wherever it is used."""
     for parent in list(model.modules()):
         for name, child in parent._modules.items():
             if child is old:
@@ -176,20 +181,20 @@ def substitute(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def attempt(model: nn.Module, images: Tensor) -> Any:
-    """Run the model, and say in a sentence if it fails."""
+    """Run the model; if it fails, say why in a sentence."""
     try:
         with torch.no_grad():
             return outputs_of(model, images)
     except Exception as error:  # a model may raise anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(
             f"The model {type(model).__name__} does not run on images of shape "
-            f"{tuple(images.shape[1:])} ({reason}): correct the preprocessing or the model."
+            f"{tuple(images.shape[1:])} ({first_line(error)}): correct its preprocessing, or the "
+            "model."
         ) from error
 
 
 def outputs_of(model: nn.Module, images: Tensor) -> Any:
-    """What a model gives; its logits where it gives more, as one with auxiliary heads does."""
+    """A model's outputs; the logits alone where there are more, as with auxiliary heads."""
     outputs = model(images)
     return getattr(outputs, "logits", outputs)
 

@@ -32,7 +32,7 @@ from PIL import Image
 from torch import Tensor
 
 from opnp.backbones.backbone import Backbone, load_backbone, save_backbone
-from opnp.backbones.libraries import is_factory
+from opnp.backbones.specs import trusts
 from opnp.data.imagesets import unit
 from opnp.deployment.scorer import Scorer, Scores, opened, together
 from opnp.deployment.threshold import Threshold
@@ -286,7 +286,7 @@ def load(
     again = "detector"
     try:
         name, score = about["model"]["name"], about["score"]
-        if is_factory(name) and name != trust:
+        if not trusts(name, trust):
             raise InputError(
                 f"{folder} wants to run the code of {name}, which `trust` does not name.", "trust"
             )

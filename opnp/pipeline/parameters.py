@@ -87,11 +87,15 @@ class Train(Section):
     @field_validator("backbone")
     @classmethod
     def is_spec(cls, backbone: str) -> str:
-        if not re.fullmatch(r"resnet|convnext|vit|[\w.]+:[\w.]+", backbone):
+        if not re.fullmatch(r"resnet|convnext|vit|[\w.]+:[\w.]+(\?.+)?", backbone):
             raise ValueError(
                 "it must be resnet, convnext, vit, torchvision:NAME, timm:NAME or "
                 f"package.module:factory, not {backbone!r}"
             )
+        if "?" in backbone:
+            from opnp.backbones.specs import parse  # torch, which few parameters need
+
+            parse(backbone)
         return backbone
 
 

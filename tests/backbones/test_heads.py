@@ -143,18 +143,21 @@ class Cosine(nn.Linear):
 @pytest.mark.parametrize(
     ("model", "sentence"),
     [
-        (Distilled(), r"`other` \(Linear, 48 → 5\), and its logits are not what `other` or `head`"),
+        (
+            Distilled(),
+            r"`other` \(Linear, 48 → 5\), and its logits are not the outputs of `other` or `head`",
+        ),
         (
             nn.Sequential(nn.Flatten(), Cosine(48, K)),
             r"last linear layer is `1` \(Cosine, 48 → 5\)",
         ),
-        (nn.Sequential(nn.Flatten(), nn.ReLU()), "it runs no nn.Linear and no 1 × 1"),
+        (nn.Sequential(nn.Flatten(), nn.ReLU()), "it runs neither an nn.Linear nor a 1 × 1"),
         (
             nn.Sequential(nn.Flatten(), nn.Linear(48, 7), nn.GLU(1)),
             r"does not run on images of shape \(3, 4, 4\) \(Halving",
         ),
-        (nn.Sequential(nn.Linear(4, 6), nn.Flatten()), r"`0` \(Linear, 4 → 6\), but it gives 72"),
-        (nn.Conv2d(3, 5, 1), r"gives \(2, 5, 4, 4\) for 2 images, not logits \(N, K\)"),
+        (nn.Sequential(nn.Linear(4, 6), nn.Flatten()), r"`0` \(Linear, 4 → 6\), but it returns 72"),
+        (nn.Conv2d(3, 5, 1), r"returns \(2, 5, 4, 4\) for 2 images, not logits \(N, K\)"),
         (nn.Sequential(nn.Conv2d(1, 5, 1)), r"does not run on images of shape \(3, 4, 4\)"),
     ],
     ids=["two heads", "cosine", "none", "odd", "flattened", "maps", "channels"],

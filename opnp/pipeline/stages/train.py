@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from opnp import workspace
-from opnp.backbones import training
+from opnp.backbones import specs, training
 from opnp.backbones.backbone import Backbone, build, from_spec, save_backbone
 from opnp.backbones.checkpoints import file_of, read_weights
 from opnp.backbones.networks import NETWORKS
@@ -30,7 +30,7 @@ def run(parameters: Parameters) -> dict[str, Any]:
     classes = class_names(data_file("train"))
     with devices.deterministic(settings.threads):
         torch.manual_seed(parameters.seed)
-        if settings.checkpoint:
+        if settings.checkpoint is not None:
             backbone, history = loaded(parameters, classes), []
         else:
             backbone = untrained(parameters, classes)
@@ -81,7 +81,8 @@ def untrained(parameters: Parameters, classes: list[str]) -> Backbone:
     """The backbone to train, with the preprocessing measured on the training images if none."""
     preprocessing = stated(parameters) or measured(parameters)
     fetch.check_images(parameters, preprocessing)
-    spec = {"name": parameters.train.backbone, **options_of(parameters)}
+    name, options = specs.parse(parameters.train.backbone)
+    spec = {"name": name, **options, **options_of(parameters)}
     model = build(
         channels=preprocessing.channels, classes=len(classes), size=preprocessing.size, **spec
     )
@@ -136,11 +137,10 @@ def loaded(parameters: Parameters, classes: list[str]) -> Backbone:
     Raises:
         InputError: they are not for this model, or of other classes or another preprocessing.
     """
-    name, weights = parameters.train.backbone, str(parameters.train.checkpoint)
+    name, weights = parameters.train.backbone, parameters.train.checkpoint or ""
     preprocessing = stated(parameters)
     if preprocessing is None and name in NETWORKS:
-        file = file_of(weights) or Path(weights)
-        preprocessing = None if read_weights(file)[1] else measured(parameters)
+        preprocessing = None if read_weights(weights)[1] else measured(parameters)
     options = options_of(parameters)
     backbone = from_spec(name, weights, preprocessing, classes, **options)
     fetch.check_images(parameters, backbone.preprocessing)
