@@ -61,9 +61,9 @@ def test_no_tag_of_timms_changes_how_a_model_is_built() -> None:
     """So that a file needs to name the model alone."""
     timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'opnp[timm]'")
     for name in ("resnet18", "vit_tiny_patch16_224", "convnext_atto", "efficientnet_b0"):
-        plain = libraries.architecture(f"timm:{name}", 3, 224, None, {})
+        plain = libraries.architecture(f"timm:{name}", 3, 224, 1000, {})
         for tag in timm.list_pretrained(f"{name}.*"):
-            tagged = libraries.architecture(f"timm:{tag}", 3, 224, plain.num_classes, {})
+            tagged = libraries.architecture(f"timm:{tag}", 3, 224, 1000, {})
             assert settings_of(tagged) == settings_of(plain), tag
 
 
@@ -120,7 +120,7 @@ def test_a_setting_that_the_user_states_is_taken(caplog: pytest.LogCaptureFixtur
 def test_a_model_trained_here_is_built_as_the_library_builds_it() -> None:
     """Without weights there is nothing to be like."""
     model = build("torchvision:googlenet", 3, 3, size=96)
-    assert model.encoder.get_submodule("model").transform_input is False
+    assert vars(model.encoder.get_submodule("model"))["transform_input"] is False
 
 
 def test_options_of_timms_models() -> None:
