@@ -1,4 +1,4 @@
-"""Training a classifier: SGD or AdamW with a one-cycle schedule, deterministic under its seed."""
+"""Training a classifier with SGD or AdamW and a one-cycle schedule, reproducible by its seed."""
 
 from typing import Literal
 
@@ -11,11 +11,11 @@ from opnp.backbones.spcp import Rectifier
 from opnp.errors import InputError
 from opnp.runtime.progress import track
 
-__all__ = ["correct", "fit"]
+__all__ = ["fit", "predict"]
 
 
 def shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
-    """Shift each image of (N, C, H, W) by up to ``pixels`` either way; the border is repeated."""
+    """Shift each image of (N, C, H, W) by up to ``pixels`` either way, repeating the border."""
     n, _, height, width = images.shape
     padded = F.pad(images, (pixels,) * 4, mode="replicate")
     offset = torch.randint(2 * pixels + 1, (2, n), generator=generator).to(images.device)
@@ -28,18 +28,20 @@ def shift(images: Tensor, pixels: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def correct(model: nn.Module, images: Tensor, labels: Tensor) -> int:
-    """How many images (N, C, H, W) have their label's (N,) logit as their largest."""
+def predict(model: nn.Module, images: Tensor) -> Tensor:
+    """The class (N,) of the largest logit for each image, (N, C, H, W)."""
     # 512 at once, but no more pixels than 64 images of 224 × 224 have: those take about 1 GB.
     size = max(1, min(512, 64 * 224**2 // images.shape[2:].numel()))
     training = model.training
     model.eval()
-    found = sum(
-        int((model(x).argmax(dim=1) == y).sum())
-        for x, y in zip(images.split(size), labels.split(size), strict=True)
-    )
+    found = torch.cat([model(x).argmax(dim=1) for x in images.split(size)])
     model.train(training)
     return found
+
+
+def correct(model: nn.Module, images: Tensor, labels: Tensor) -> int:
+    """The number of images (N, C, H, W) whose largest logit is that of their label, (N,)."""
+    return int((predict(model, images) == labels).sum())
 
 
 def fit(
@@ -60,27 +62,27 @@ def fit(
     """Train ``model`` in place.
 
     Args:
-        model: on the device to train on; its weights are initialized by the caller.
+        model: the classifier, on the device to train on, with initialized weights.
         train: normalized images, float32 (N, C, H, W), and labels, int64 (N,), on that device.
-        validation: the same; looked at, never learnt from.
+        validation: the same for validation, which is measured after each epoch.
         epochs: passes over the training images.
         batch_size: images in a step.
         learning_rate: peak of the one-cycle schedule.
-        weight_decay: of the optimizer.
-        shift_pixels: augmentation by random shifts of up to that many pixels.
-        seed: of the order and the augmentation.
-        optimizer: ``sgd`` (Nesterov momentum 0.9) or ``adamw``, which transformers want.
-        precision: of the products while training; weights and sums stay float32.
-        spcp: percentile in (0, 100) at which `Rectifier` clips contributions; None clips nothing.
+        weight_decay: the optimizer's weight decay.
+        shift_pixels: pixels by which images are shifted at random, at most.
+        seed: determines the order of the images and their shifts.
+        optimizer: ``sgd`` (Nesterov momentum 0.9), or ``adamw``, which suits transformers.
+        precision: of matrix products and convolutions; weights and sums stay float32.
+        spcp: percentile in (0, 100) at which `Rectifier` clips contributions; None does not clip.
 
     Returns:
-        One record an epoch: ``epoch``, ``loss``, ``train_accuracy``, ``validation_accuracy``
-        (percent; train accuracy is that of the augmented images as they were learnt from).
+        A record for each epoch: ``epoch``, ``loss``, ``train_accuracy``, ``validation_accuracy``
+        (percent; train accuracy is measured on the shifted images, while training).
 
     Raises:
-        InputError: the loss stopped being finite.
+        InputError: the loss is no longer finite.
     """
-    model.to(memory_format=torch.channels_last)  # the faster one for convolutions, here and on GPUs
+    model.to(memory_format=torch.channels_last)  # faster for convolutions, on CPUs and GPUs
     images, labels = train
     generator = torch.Generator().manual_seed(seed)
     step: torch.optim.Optimizer = (
@@ -119,7 +121,8 @@ def fit(
             hits += int((logits.argmax(dim=1) == y).sum())
         if not loss_sum < float("inf"):
             raise InputError(
-                f"The training loss is not finite in epoch {epoch}: lower train.learning_rate."
+                f"The training loss is not finite in epoch {epoch}: the learning rate, "
+                f"{learning_rate:g}, is too high."
             )
         history.append(
             {

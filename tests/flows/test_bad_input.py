@@ -352,7 +352,7 @@ def test_a_checkpoint_of_other_classes(workspace: Path, call: Call) -> None:
     path = workspace / "reversed.safetensors"
     save_backbone(path, replaced(backbone, classes=backbone.classes[::-1]))
     set_parameters(workspace, {"train.checkpoint": "reversed.safetensors"})
-    assert "is of the classes ['6', '5', '4', '3', '2', '1', '0'], not ['0', '1'" in call(train)
+    assert "states the classes ['6', '5', '4', '3', '2', '1', '0'], not ['0', '1'" in call(train)
 
 
 def test_a_prefect_server_that_is_not_there(workspace: Path) -> None:

@@ -1,9 +1,12 @@
 """Train: the backbone, trained here or loaded with its weights."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from opnp import workspace
@@ -15,10 +18,13 @@ from opnp.data import imagesets
 from opnp.data.imagesets import data_file
 from opnp.data.parquet import class_names
 from opnp.data.preprocessing import Preprocessing
+from opnp.metrics.agreement import suspicion
 from opnp.pipeline.parameters import Parameters
 from opnp.pipeline.stages import fetch
 from opnp.runtime import devices
 from opnp.runtime.files import digest, write_csv, write_json
+
+logger = logging.getLogger(__name__)
 
 PART = 2048  # images: two row groups of their file
 
@@ -36,10 +42,12 @@ def run(parameters: Parameters) -> dict[str, Any]:
             backbone = untrained(parameters, classes)
             history = trained(parameters, backbone, device)
         model = backbone.classifier.to(device).eval()
-        record: dict[str, Any] = {
-            f"{split}_accuracy": accuracy(backbone, split, manifest.sets[split].count, device)
-            for split in ("train", "validation")
-        }
+        record: dict[str, Any] = {}
+        for split in ("train", "validation"):
+            truth, found = predictions(backbone, split, manifest.sets[split].count, device)
+            record[f"{split}_accuracy"] = 100 * int((found == truth).sum()) / len(truth)
+        if doubt := suspicion(truth, found, classes):
+            logger.warning("%s", doubt)
     model.cpu()
     save_backbone(workspace.BACKBONE, backbone)
     file = file_of(settings.checkpoint)
@@ -117,16 +125,19 @@ def trained(
     )
 
 
-def accuracy(backbone: Backbone, split: str, count: int, device: torch.device) -> float:
-    """Percentage of a split's ``count`` images that are classified right, of which some at a time
-    are in memory."""
-    wanted, hits = backbone.preprocessing, 0
+def predictions(
+    backbone: Backbone, split: str, count: int, device: torch.device
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Labels and predicted labels of a split's ``count`` images, a part of them in memory at a
+    time."""
+    wanted, truth, found = backbone.preprocessing, [], []
     for start in range(0, count, PART):
         stop = min(start + PART, count)
         pixels, labels = imagesets.read(data_file(split), wanted.mode, wanted.size, start, stop)
         images = wanted.normalize(imagesets.unit(pixels)).to(device)
-        hits += training.correct(backbone.classifier, images, torch.from_numpy(labels).to(device))
-    return 100 * hits / count
+        truth.append(labels)
+        found.append(training.predict(backbone.classifier, images).cpu().numpy())
+    return np.concatenate(truth), np.concatenate(found)
 
 
 def loaded(parameters: Parameters, classes: list[str]) -> Backbone:
