@@ -73,7 +73,7 @@ def test_getting_started(
 def test_combining(capsys: pytest.CaptureFixture[str]) -> None:
     combining = example("combining")
     found = combining.main()
-    assert list(found) == list(combining.NAMES)
+    assert list(found) == [*combining.NAMES, "opnp+energy&vim"]
     assert all(0 <= value < 90 for value in found.values())
     assert found["energy"] != found["opnp+energy"], "nothing was pruned"
     assert "weights_high" in capsys.readouterr().out
