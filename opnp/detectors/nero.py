@@ -1,12 +1,13 @@
-"""NERO: how far the relevance of the penultimate neurons lies from that of the training classes.
+"""NERO: the distance between the relevance of a sample's neurons and that of the training classes.
 
-For features h (L,), logits z = W h + b and p = softmax(z), layer-wise relevance propagation from
-the class probabilities gives neuron j, and the bias as one more neuron of activation 1,
+Let h (L,) be the features, z = W h + b the logits and p = softmax(z). Layer-wise relevance
+propagation from the class probabilities gives the relevance of neuron j, and that of the bias,
+which counts as one more neuron of activation 1:
 
     R_j = Σ_c p_c W_cj h_j / z_c = h_j · Σ_c (p_c / z_c) W_cj        R_b = Σ_c p_c b_c / z_c
 
-which sum to Σ_c p_c = 1. With r the projection of R on its principal components over the training
-samples, μ_y the mean of r over those of label y, and D(x) = min_y ‖r(x) − μ_y‖₁, the score is
+They sum to Σ_c p_c = 1. Let r be the projection of R on its principal components over the training
+samples, μ_y the mean of r over the samples of label y, and D(x) = min_y ‖r(x) − μ_y‖₁. The score is
 
     (D(x) + |R_b(x)| · mean D / mean |R_b|) · ‖h_low‖₁ / ‖h‖₁                 (larger means OOD)
 
@@ -15,12 +16,15 @@ where the means are over the training samples and h_low are the features of lowe
 Source: Chhetri et al., "NERO: Explainable Out-of-Distribution Detection with Neuron-level
 Relevance", MICCAI 2025, arXiv 2506.15404.
 
-From the authors' code (github.com/bhattarailab/NERO): centroids by label, two thirds of the
+Taken from the authors' code (github.com/bhattarailab/NERO): centroids by label, two thirds of the
 components, relevance ranked with its sign, the lowest 175 of ResNet-18's 512 features (34 %).
-Decided here: the authors divide by z_c as it is, here ε with the sign of z_c is added (the LRP-ε
-rule), since otherwise one logit of 1e-6 outweighs all other samples; their mean D is of relevances
-not projected and joined by that of the bias, here it is of the score's own D, so that both terms
-weigh the same on training samples; where h is zero the share of its norm is 1, the largest.
+
+Decided here:
+- The authors divide by z_c. We first add ε with the sign of z_c (the LRP-ε rule), because otherwise
+  one logit of 1e-6 outweighs all other samples.
+- Their mean D is the distance of relevances that are not projected and include the bias. Ours is
+  the mean of the D in the score, so that both terms weigh the same on training samples.
+- If h is zero, ‖h_low‖₁ / ‖h‖₁ is taken to be 1, its largest value.
 """
 
 import copy
@@ -52,9 +56,9 @@ BATCH = 1024  # rows of features whose relevance is computed at once in fitting
 def relevance(
     features: Tensor, weight: Tensor, bias: Tensor, epsilon: float = 1e-3
 ) -> tuple[Tensor, Tensor]:
-    """Relevance of each neuron, and of the bias, for the class probabilities.
+    """Relevance of each neuron and of the bias for the class probabilities.
 
-    The sum of both is Σ_c p_c |z_c| / (|z_c| + ε), which is 1 but for ε.
+    Their sum is Σ_c p_c |z_c| / (|z_c| + ε), which approaches 1 as ε goes to 0.
 
     Args:
         features: h, shape (N, L), any floating dtype.
@@ -80,18 +84,19 @@ def relevance(
     weight, bias = weight.to(h), bias.to(h)
     z = logits(h, weight, bias)
     p_by_z = z.softmax(dim=1) / (z + torch.full_like(z, epsilon).copysign(z))
-    return h * (p_by_z @ weight), p_by_z @ bias  # no (N, K, L) of single terms is ever held
+    # This order of products needs no tensor (N, K, L) of single terms.
+    return h * (p_by_z @ weight), p_by_z @ bias
 
 
 class NERO(FeaturesDetector):
-    """Distance of a sample's neuron relevance to the nearest class, see the module's formulas.
+    """Distance of a sample's neuron relevance to the nearest class; formulas are in the module.
 
     Source: Chhetri et al., "NERO: Explainable Out-of-Distribution Detection with Neuron-level
     Relevance", MICCAI 2025, arXiv 2506.15404.
 
         detector = NERO(model.encoder, model.head).fit(train_loader)
         scores = detector.predict(images)
-        neurons, bias = detector.relevance(model.encoder(images))  # what the scores rest on
+        neurons, bias = detector.relevance(model.encoder(images))  # what the scores are based on
     """
 
     info = DetectorInfo(
@@ -107,7 +112,7 @@ class NERO(FeaturesDetector):
 
     requires_fit = True
 
-    #: Search space for `pytorch_ood.utils.GridSearch`, in shares of the features.
+    #: Search space for `pytorch_ood.utils.GridSearch`, as fractions of the features.
     hyperparameter_space = {"components": [1 / 3, 2 / 3, 1.0], "lowest": [0.1, 0.34, 0.67]}
 
     def __init__(
@@ -120,15 +125,16 @@ class NERO(FeaturesDetector):
     ):
         """
         Args:
-            encoder: maps inputs to penultimate features (N, L); None if only features are given.
+            encoder: maps inputs to penultimate features (N, L); None to take features only.
             head: the classifier's last layer; a copy is kept.
-            components: principal components kept, as a share of L in (0, 1]; never more than the
-                training samples can span.
-            lowest: features that count as of lowest relevance, as a share of L in (0, 1].
-            epsilon: keeps the division by a logit near zero finite.
+            components: number of principal components to keep, as a fraction of L in (0, 1]; at
+                most as many as the training samples span.
+            lowest: number of features that count as those of lowest relevance, as a fraction of L
+                in (0, 1].
+            epsilon: ε > 0, keeps the division by a logit near zero finite.
 
         Raises:
-            InputError: a share or epsilon is out of range.
+            InputError: a fraction or epsilon is out of range.
         """
         self.encoder = encoder
         self.head = copy.deepcopy(head).requires_grad_(False)
@@ -143,15 +149,15 @@ class NERO(FeaturesDetector):
     def _check(self) -> None:
         for name in ("components", "lowest"):
             if not 0 < (value := getattr(self, name)) <= 1:
-                raise InputError(f"{name}={value} is no share of the features: give one in (0, 1].")
+                raise InputError(f"{name}={value} must be a fraction of the features in (0, 1].")
         if not 0 < self.epsilon < float("inf"):
-            raise InputError(f"epsilon={self.epsilon} is not positive.")
+            raise InputError(f"epsilon={self.epsilon} must be positive and finite.")
 
     def set_hyperparameters(self, **kwargs: Any) -> Self:
-        """Set shares; ``components`` counts from the next fit on, ``lowest`` at once.
+        """Set fractions; ``lowest`` takes effect at once, ``components`` at the next fit.
 
         Raises:
-            InputError: a share is out of range.
+            InputError: a fraction is out of range.
         """
         super().set_hyperparameters(**kwargs)
         self._check()
@@ -185,15 +191,15 @@ class NERO(FeaturesDetector):
 
     @torch.no_grad()
     def fit_features(self, x: Tensor, y: Tensor) -> Self:
-        """Fit centroids and components on features (N, L); their relevances take 8·N·L bytes.
+        """Fit centroids and components on features; their relevances take 8·N·L bytes.
 
         Args:
-            x: penultimate features of the training samples.
+            x: penultimate features (N, L) of the training samples.
             y: labels (N,), any integers; samples with labels below zero are ignored.
 
         Raises:
-            InputError: no sample is ID, there is not one label a sample, or features are not
-                finite or of another width.
+            InputError: no sample is ID, the number of labels differs from that of samples, or
+                features are not finite or of another width.
         """
         if y.shape != x.shape[:1]:
             raise InputError(
@@ -211,8 +217,8 @@ class NERO(FeaturesDetector):
         _, vectors = torch.linalg.eigh(centred.T @ centred)  # ascending; exact, unlike a random SVD
         kept = max(1, min(self._count(self.components), len(x) - 1))
         self.basis = vectors[:, -kept:]
-        # The mean of the projections is the projection of the mean; so is its origin, which cancels
-        # in every distance.
+        # The mean of the projections is the projection of the mean. Centring is skipped because it
+        # cancels in every distance.
         means = torch.stack([neurons[y == label].mean(dim=0) for label in y.unique()])
         self.centroids = means @ self.basis
 

@@ -1,4 +1,4 @@
-"""OPNP as a detector of the pytorch-ood library, alone or before another detector."""
+"""OPNP as a detector of the pytorch-ood library, alone or combined with another detector."""
 
 import copy
 from collections.abc import Callable
@@ -41,11 +41,11 @@ class LogitsScore(LogitsDetector):
 
 
 class OPNP(FeaturesDetector):
-    """A head whose weights and neurons of extreme sensitivity are pruned, scored by its energy.
+    """The energy of a head without its weights and neurons of extreme sensitivity.
 
-    ``weights`` alone makes it OPP, ``neurons`` alone ONP; with neither it is the plain energy
-    detector, bit for bit. With ``detector`` the pruned model is scored by another detector, and
-    the sensitivity is that of the features as this detector hands them to the head.
+    With ``weights`` alone it is OPP, with ``neurons`` alone ONP, and with neither the energy
+    detector, bit for bit. With ``detector``, another detector scores the pruned model, and the
+    sensitivity is that of the features which this detector passes to the head.
 
     Source: Chen et al., "Optimal Parameter and Neuron Pruning for Out-of-Distribution Detection",
     NeurIPS 2023, arXiv 2402.10062.
@@ -67,8 +67,8 @@ class OPNP(FeaturesDetector):
 
     requires_fit = True
 
-    #: Search space for `pytorch_ood.utils.GridSearch`, in percent; an instance's holds that of its
-    #: ``detector`` as well.
+    #: Search space for `pytorch_ood.utils.GridSearch`, in percent. The space of an instance also
+    #: holds that of its ``detector``.
     hyperparameter_space = {
         "weights": [(0.0, 0.0), (0.0, 0.5), (0.0, 1.0), (0.0, 2.0), (30.0, 0.0), (30.0, 1.0)],
         "neurons": [(0.0, 0.0), (0.0, 2.0), (0.0, 5.0), (0.0, 10.0), (10.0, 0.0), (10.0, 5.0)],
@@ -86,15 +86,16 @@ class OPNP(FeaturesDetector):
     ):
         """
         Args:
-            encoder: maps inputs to penultimate features (N, L); None if only features are given.
+            encoder: maps inputs to penultimate features (N, L); None to take features only.
             head: the classifier's last layer; a copy is kept.
-            weights: (low, high), percent of weights to prune.
-            neurons: (low, high), percent of neurons to prune.
+            weights: percent of the weights with the lowest and with the highest sensitivity to
+                prune, (low, high).
+            neurons: the same for neurons.
             neuron_sensitivity: ``mean``, ``gradient`` or ``taylor``.
             temperature: T of the energy.
-            detector: scores the pruned model in place of the energy: a function of logits (N, K)
-                such as ``GEN.score``; a pytorch-ood detector of logits or of features that does
-                not hold the head, such as ``KNN(None, k=5)``, which is copied; or a name in
+            detector: scores the pruned model instead of the energy: a function of logits (N, K)
+                such as ``GEN.score``; a pytorch-ood detector of logits or features that does not
+                hold the head, such as ``KNN(None, k=5)``, which is copied; or a name in
                 `opnp.detectors.names.DETECTORS`, which is made for the pruned head.
 
         Raises:
@@ -129,7 +130,7 @@ class OPNP(FeaturesDetector):
         if not isinstance(given, LogitsDetector | FeaturesDetector):
             raise InputError(
                 f"OPNP takes detectors of logits or features, not {type(given).__name__}: give its "
-                "name, so that it is made for the pruned head."
+                "name, so that OPNP can make it for the pruned head."
             )
         return copy.deepcopy(given)
 
@@ -142,7 +143,14 @@ class OPNP(FeaturesDetector):
         temperature: float = 1.0,
         detector: str | Callable[[Tensor], Tensor] | Detector | None = None,
     ) -> Self:
-        """A detector whose mask is known: it needs fitting only if ``detector`` does.
+        """Make a detector with a given mask; it needs fitting only if ``detector`` does.
+
+        Args:
+            encoder: maps inputs to penultimate features (N, L); None to take features only.
+            head: the classifier's last layer; a copy is kept.
+            mask: what to prune.
+            temperature: T of the energy.
+            detector: scores the pruned model instead of the energy.
 
         Raises:
             InputError: the mask is for another head, or there is no such detector.
@@ -157,7 +165,7 @@ class OPNP(FeaturesDetector):
         return self._make(model).set_hyperparameters(**self._inner.get_hyperparameters())
 
     def _prune(self, mask: PruningMask, train: Samples | None = None) -> None:
-        """Prune, and make the detector of the pruned model anew; fit it if samples are given."""
+        """Prune, and make the detector of the pruned model again; fit it if there are samples."""
         model = TrainedModel(mask.apply(self.head), self.temperature)
         detector = self._built(model)
         if detector.requires_fit and train is not None:
@@ -180,14 +188,14 @@ class OPNP(FeaturesDetector):
         return self.fit_features(*extract_features(data_loader, self.encoder, device))
 
     def fit_features(self, x: Tensor, y: Tensor | None = None) -> Self:
-        """Measure the sensitivity over features (N, L), prune, and fit the detector on the rest.
+        """Measure the sensitivity over features, prune, and fit the detector on what is left.
 
         A mask given to `from_mask` stays.
 
         Args:
-            x: penultimate features of the training samples.
-            y: labels (N,); samples with labels below zero are ignored. A detector that is itself
-                fitted needs them.
+            x: penultimate features (N, L) of the training samples.
+            y: labels (N,); samples with labels below zero are ignored. A ``detector`` that needs
+                fitting needs them.
 
         Raises:
             InputError: no sample is ID, or features are not finite or of another width.
@@ -216,7 +224,7 @@ class OPNP(FeaturesDetector):
         return Candidate(self.weights, self.neurons, self.neuron_sensitivity)
 
     def get_hyperparameters(self) -> dict[str, Any]:
-        """Percentages, and the values of the detector that scores, by name."""
+        """The percentages, and the hyperparameters of ``detector``, by name."""
         inner = self._inner.get_hyperparameters()
         return {
             name: inner[name] if name in inner else getattr(self, name)
@@ -224,11 +232,11 @@ class OPNP(FeaturesDetector):
         }
 
     def set_hyperparameters(self, **kwargs: Any) -> Self:
-        """Set percentages, or values of the detector that scores.
+        """Set percentages, or hyperparameters of ``detector``.
 
-        After percentages a fitted detector is pruned anew from its sensitivity. It must be fitted
-        again if the detector that scores is one to be fitted, or if one of its values is set, which
-        may change the features that the sensitivity is of.
+        New percentages prune a fitted detector again, by the sensitivity that it has measured. It
+        must be fitted again if ``detector`` needs fitting, or if one of its hyperparameters is set:
+        that may change the features which the sensitivity is of.
         """
         known = self._inner.hyperparameter_space
         inner = {name: kwargs.pop(name) for name in [*kwargs] if name in known}
@@ -256,7 +264,7 @@ class OPNP(FeaturesDetector):
 
         Raises:
             ModelNotSetException: there is no encoder.
-            RequiresFittingException: neither `fit` nor `from_mask` came before.
+            RequiresFittingException: it was not fitted and needs to be.
         """
         if self.encoder is None:
             raise ModelNotSetException
@@ -264,8 +272,9 @@ class OPNP(FeaturesDetector):
 
     @torch.no_grad()
     def predict_features(self, x: Tensor) -> Tensor:
-        """Outlier scores (N,) of features (N, L), the energy −T·logsumexp(f/T) or those of the
-        detector that was given; larger means OOD.
+        """Outlier scores (N,) of features (N, L); larger means OOD.
+
+        They are the energy −T·logsumexp(f/T), or the scores of ``detector``.
 
         Raises:
             RequiresFittingException: it was not fitted and needs to be.

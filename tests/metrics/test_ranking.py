@@ -119,7 +119,7 @@ def test_markdown_marks_what_might_prune_but_did_not() -> None:
     text = tables.to_markdown(metrics, intervals, evaluation | {"pruned": {"opnp+gen": 0.0}})
     assert "\n| OPNP+GEN (nothing pruned) | **30.0** |" in text
     assert "\n| NAC | 50.0 |" in text
-    assert "\nNothing pruned: the detector is better off without a mask" in text
+    assert "\n“Nothing pruned”: no mask did better" in text
     assert "othing pruned" not in tables.to_markdown(metrics, intervals, evaluation)
 
 

@@ -317,7 +317,7 @@ def test_what_might_prune_but_did_not_is_not_shown_as_ours(page: str) -> None:
         assert not names & {"OPP", "OPNP+GEN"}
     marked = re.findall(r'<tr class="ours">\s*<th scope="row">(.*?)</th>', changed)
     assert set(marked) == {"OPNP"}
-    assert "the detector is better off without a mask" in changed
+    assert "“Nothing pruned”: no mask did better" in changed
     styles = shown_in_roc(read_evaluation(parameters(MORE), read_pruning(BACKBONE)))
     assert "opnp+gen" not in styles
 

@@ -21,7 +21,7 @@ __all__ = ["long_table", "to_markdown"]
 
 
 NOTHING_PRUNED = (
-    "Nothing pruned: the detector is better off without a mask, and its figures are those of the "
+    "“Nothing pruned”: no mask did better on the validation outliers, so the detector scores the "
     "unpruned model."
 )
 
