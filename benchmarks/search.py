@@ -19,9 +19,10 @@ from rich.table import Table
 from torch import Tensor
 
 from opnp.metrics.separation import fpr95_auroc
-from opnp.pruning.candidates import Candidate, Grid
+from opnp.pruning.candidates import Candidate, grid
 from opnp.pruning.masks import pruned_count
 from opnp.pruning.sensitivity import Sensitivity, measure
+from opnp.pruning.settings import SearchSettings
 from opnp.pruning.table import Judge
 
 __all__ = ["main", "measured"]
@@ -104,7 +105,7 @@ def seconds(work: Callable[[], Any], device: str) -> tuple[float, Any]:
 def measured(case: tuple[int, int, int, int, int, float], device: str) -> dict[str, Any]:
     """Times of both, their ratio, and how far they differ."""
     judge, sensitivity = problem(case, device)
-    candidates = Grid().candidates()
+    candidates = grid(SearchSettings())
     few = candidates[:: len(candidates) // 8]
     list(judge.trials([sensitivity], few))  # warms up
     layouts = {}

@@ -14,8 +14,9 @@ import torch
 import opnp
 from opnp.backbones.backbone import from_spec
 from opnp.data import images
-from opnp.deployment.fit import Settings, fit
+from opnp.deployment.fit import fit
 from opnp.deployment.score import evaluate
+from opnp.deployment.settings import FitSettings
 
 MODEL = "digits:Network"  # module:factory, a function or class that gives the untrained model
 
@@ -31,7 +32,7 @@ def main(folder: Path) -> dict[str, Any]:
     # Fit: the pruned weights and neurons and the threshold are chosen on validation images.
     backbone = from_spec(MODEL, folder / "weights.pt", digits.PREPROCESSING, digits.CLASSES)
     train, validation = images.find(folder / "train"), images.find(folder / "validation")
-    settings = Settings(clips=(None, 90), temperatures=(1.0,))  # 2,912 masks, to save time
+    settings = FitSettings(clip=(None, 90), temperature=(1.0,))  # 2,912 masks, to save time
     detector = fit(backbone, train, validation, folder / "features", settings)
     detector.save(folder / "detector")
 

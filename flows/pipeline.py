@@ -62,6 +62,7 @@ def run_stages(chosen: Parameters) -> dict[str, float]:
 
 def pipeline() -> None:
     """All stages, in order; nothing is done that is done already."""
+    parameters.complete()
     chosen = parameters.load()
     if any(outdated(stage, chosen) for stage in STAGES):
         prefect_server.start()  # it starts while the libraries are imported

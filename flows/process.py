@@ -245,6 +245,7 @@ def command(stage: Any, **flags: str) -> None:
     chosen = vars(parser.parse_args())
     hide_what_is_told()
     with called_as(parser.prog), program():
+        parameters.complete()
         loaded = parameters.load()
         with prefect_server.running():
             timed(stage.__name__, partial(workers.run, stage, loaded, **chosen))

@@ -111,6 +111,7 @@ def tell(version: str, decision: str, verdict: Verdict) -> None:
 
 def retrained() -> str:
     """What `retrain` does, in a workspace that this process holds."""
+    parameters.complete()
     chosen = parameters.load()
     evaluation = Path(chosen.retrain.evaluation)
     prefect_server.start()

@@ -10,8 +10,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models import mobilenet_v3_small
 
-from opnp import Grid
+from opnp import SearchSettings
 from opnp.pipeline.parameters import load
+from opnp.pruning.candidates import grid
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -65,7 +66,7 @@ def test_the_modules_and_parameters_it_names_exist() -> None:
 
 def test_it_counts_right() -> None:
     (masks,) = re.findall(r"every mask of a grid, ([\d,]+) unless", README)
-    assert int(masks.replace(",", "")) == len(Grid().candidates())
+    assert int(masks.replace(",", "")) == len(grid(SearchSettings()))
     (detectors,) = re.findall(r"a comparison of (\d+) detectors on four OOD sets", README)
     chosen = load(ROOT / "params.yaml")
     assert int(detectors) == len(chosen.evaluate.detectors)

@@ -8,21 +8,19 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from shutil import rmtree
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from opnp.cli.compare import as_markdown, as_values, show_table, tabulate
+from opnp.cli.fit import fit
+from opnp.cli.options import AsJson, Device
 from opnp.cli.remedies import called_as, tell
 from opnp.cli.words import (
     describe,
-    device_named,
     find_own_code,
     loaded,
-    numbers,
-    read_classes,
     show_evaluation,
     told,
     unreadable,
@@ -100,120 +98,10 @@ Detector = Annotated[Path, typer.Option(help="A detector's folder, made by `opnp
 Trust = Annotated[
     str | None, typer.Option(help="The module:factory that may run, if the model is one.")
 ]
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; else the GPU if there is one.")]
 BatchSize = Annotated[int, typer.Option(help="Images that go through the model at once.", min=1)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.command(cls=Command)
-def fit(
-    out: Annotated[Path, typer.Option(help="The detector's folder.")],
-    model: Annotated[str | None, typer.Option(help="torchvision:NAME, module:factory, …")] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="The model's weights: .safetensors, .pt or .pth.")
-    ] = None,
-    id_train: Annotated[str | None, typer.Option(help="Training images, labelled or not.")] = None,
-    id_val: Annotated[str | None, typer.Option(help="Other images of the same kind.")] = None,
-    from_run: Annotated[
-        bool, typer.Option("--from-run", help="Take it all from the pipeline's run in this folder.")
-    ] = False,
-    preprocessing: Annotated[
-        Path | None, typer.Option(help="JSON: size, mode, mean, std; else the weights' own.")
-    ] = None,
-    classes: Annotated[
-        Path | None, typer.Option(help="Names of the classes, one a line, in the logits' order.")
-    ] = None,
-    accept: Annotated[float, typer.Option(help="% of ID images the threshold accepts.")] = 95.0,
-    clip: Annotated[str, typer.Option(help="Percentiles to clip features at.")] = "none,80,90",
-    temperature: Annotated[str, typer.Option(help="Temperatures of the energy.")] = "1,2",
-    weights_low: Annotated[
-        str, typer.Option(help="% of the weights of lowest sensitivity to prune.")
-    ] = "0,10,30,50",
-    weights_high: Annotated[str, typer.Option(help="Of highest.")] = "0,0.2,0.5,1,2,3,5",
-    neurons_low: Annotated[str, typer.Option(help="The same of neurons.")] = "0,10,30",
-    neurons_high: Annotated[str, typer.Option(help="Of highest.")] = "0,1,2,5,10,20",
-    max_accuracy_drop: Annotated[
-        float, typer.Option(help="Points of ID accuracy that pruning may cost.", min=0)
-    ] = 1.0,
-    search_images: Annotated[
-        int, typer.Option(help="Validation images to choose the mask on at most.", min=1)
-    ] = 1000,
-    max_unreadable: Annotated[
-        int, typer.Option(help="Images that may be left out as unreadable.", min=0)
-    ] = 10,
-    seed: Annotated[int, typer.Option(help="Of proxy outliers and bootstraps.", min=0)] = 0,
-    device: Device = None,
-    batch_size: BatchSize = 64,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a detector.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Make a detector of a trained classifier and images.
-
-    Images are a folder of them, of Parquet or of IDX files, a manifest (.csv, .parquet),
-    torchvision:NAME or pytorch-ood:NAME. Of a divided source --id-train takes the split train,
-    --id-val validation, else test. If classes of --id-val, such as folders, are named like the
-    model's, its images are labelled; else agreement with the unpruned model stands in for accuracy.
-    A fit that was stopped goes on where it was.
-
-    Example: opnp fit --model torchvision:resnet50 --weights resnet50.pth --id-train train
-    --id-val val --out detector
-    """
-    from opnp.backbones.backbone import from_spec
-    from opnp.data import images
-    from opnp.data.preprocessing import Preprocessing
-    from opnp.deployment import fit as fitting
-    from opnp.deployment.detector import check_place
-    from opnp.pruning.candidates import Grid
-
-    check_place(out, overwrite)
-    if from_run:
-        if given := [path for path in (model, weights, id_train, id_val) if path is not None]:
-            raise InputError(f"--from-run takes no model and no images: leave {given[0]} out.")
-        from opnp.pipeline.parameters import load as load_parameters
-        from opnp.pipeline.stages import detector as of_run
-
-        made = of_run.from_run(load_parameters(), accept)
-    else:
-        if model is None or id_train is None or id_val is None:
-            raise InputError("Give --model, --id-train and --id-val, or --from-run.")
-        settings = fitting.Settings(
-            grid=Grid(
-                numbers("weights-low", weights_low),
-                numbers("weights-high", weights_high),
-                numbers("neurons-low", neurons_low),
-                numbers("neurons-high", neurons_high),
-            ),
-            clips=[
-                None if word == "none" else numbers("clip", word)[0] for word in clip.split(",")
-            ],
-            temperatures=numbers("temperature", temperature),
-            accept=accept,
-            max_accuracy_drop=max_accuracy_drop,
-            search_images=search_images,
-            max_unreadable=max_unreadable,
-            seed=seed,
-            batch_size=batch_size,
-        )
-        train = images.find(id_train, part="train", asked="--id-train")
-        validation = images.find(id_val, part="validation", asked="--id-val")
-        if train.source == validation.source:
-            raise InputError(
-                f"--id-train and --id-val are both {id_val}, which is not divided: keep some "
-                "images out of training, and name them with --id-val."
-            )
-        find_own_code()
-        backbone = from_spec(
-            model,
-            weights=weights,
-            preprocessing=Preprocessing.stated(preprocessing) if preprocessing else None,
-            classes=read_classes(classes),
-        )
-        features = out.with_name(f".{out.name}.features")
-        made = fitting.fit(backbone, train, validation, features, settings, device_named(device))
-    made = made.save(out, overwrite)
-    if not from_run:
-        rmtree(features)
-    told(made.describe(), as_json, describe)
+app.command(cls=Command)(fit)
 
 
 @app.command(cls=Command)

@@ -14,13 +14,6 @@ if TYPE_CHECKING:
     from opnp.deployment.detector import SavedDetector
 
 
-def numbers(option: str, text: str) -> list[float]:
-    try:
-        return [float(word) for word in text.split(",")]
-    except ValueError:
-        raise InputError(f"--{option} takes numbers with commas between, not {text!r}.") from None
-
-
 def read_classes(path: Path | None) -> list[str] | None:
     """What `--classes` names, one a line."""
     if path is None:

@@ -8,7 +8,6 @@ a fit that was killed goes on from them, and only those of validation are ever i
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -24,9 +23,9 @@ from opnp.data import proxies
 from opnp.data.images import Images
 from opnp.data.imagesets import unit
 from opnp.deployment.detector import SavedDetector, provenance
-from opnp.deployment.threshold import check_accept
+from opnp.deployment.settings import FitSettings
 from opnp.errors import InputError
-from opnp.pruning.candidates import Grid, Trial, setting_of, trial_record
+from opnp.pruning.candidates import Trial, setting_of, trial_record
 from opnp.pruning.clipping import clip_thresholds
 from opnp.pruning.energy import bias_of
 from opnp.pruning.search import SearchResult, choice_record, search_masks
@@ -34,60 +33,9 @@ from opnp.pruning.sensitivity import Sensitivity, SensitivitySums, halved
 from opnp.runtime import tensors
 from opnp.runtime.progress import counting, track
 
-__all__ = ["Settings", "Shards", "fit"]
+__all__ = ["Shards", "fit"]
 
 SHARD = 1024  # images: the unit of work that a fit which was killed does not repeat
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a fit may choose from; the defaults are those of `params.yaml`.
-
-    Attributes:
-        grid: percentages to prune.
-        clips: percentiles of the training activations to clip features at first; None: not.
-        temperatures: T of the energy.
-        proxies: families of outliers made from ID validation images.
-        accept: percent of ID validation images that the threshold accepts.
-        max_accuracy_drop: points of ID validation accuracy that pruning may cost.
-        search_images: ID validation images that the mask is chosen on at most, evenly spaced; the
-            threshold is of all.
-        max_unreadable: so many images may be left out since they cannot be read.
-        resamples: of the bootstrap behind the choice of the mask.
-        seed: of proxies and bootstraps.
-        batch_size: images that go through the model at once.
-
-    Raises:
-        InputError: one is out of range.
-    """
-
-    grid: Grid = field(default_factory=Grid)
-    clips: Sequence[float | None] = (None, 80, 90)
-    temperatures: Sequence[float] = (1.0, 2.0)
-    proxies: Sequence[str] = tuple(proxies.FAMILIES)
-    accept: float = 95.0
-    max_accuracy_drop: float = 1.0
-    search_images: int = 1000
-    max_unreadable: int = 10
-    resamples: int = 200
-    seed: int = 0
-    batch_size: int = 64
-
-    def __post_init__(self) -> None:
-        self.grid.candidates()
-        check_accept(self.accept)
-        if unknown := [name for name in self.proxies if name not in proxies.FAMILIES]:
-            raise InputError(
-                f"There is no proxy {unknown[0]!r}: choose from {', '.join(proxies.FAMILIES)}."
-            )
-        if not (self.proxies and self.clips and self.temperatures):
-            raise InputError("The search needs a proxy, a clip (or none) and a temperature.")
-        if any(clip is not None and not 0 < clip <= 100 for clip in self.clips):
-            raise InputError("A clip is a percentile above 0 and at most 100, or none.")
-        if any(not temperature > 0 for temperature in self.temperatures):
-            raise InputError("Every temperature must be positive.")
-        if self.search_images < 1 or self.batch_size < 1:
-            raise InputError("The images of the search and of a batch must be at least 1.")
 
 
 class Shards:
@@ -100,7 +48,9 @@ class Shards:
         settings: of the fit.
     """
 
-    def __init__(self, folder: Path, backbone: Backbone, device: torch.device, settings: Settings):
+    def __init__(
+        self, folder: Path, backbone: Backbone, device: torch.device, settings: FitSettings
+    ):
         self.folder, self.backbone, self.device = folder, backbone, device
         self.settings = settings
         self.unreadable: list[str] = []
@@ -218,7 +168,7 @@ def fit(
     train: Images,
     validation: Images,
     folder: Path,
-    settings: Settings | None = None,
+    settings: FitSettings | None = None,
     device: torch.device | str = "cpu",
 ) -> SavedDetector:
     """Make a detector of a trained classifier; no label is needed, and no OOD image.
@@ -239,7 +189,7 @@ def fit(
         InputError: images cannot be read, some of them only are of the model's classes, or its
             features are not finite.
     """
-    settings, device = settings or Settings(), torch.device(device)
+    settings, device = settings or FitSettings(), torch.device(device)
     labels = validation.labels(backbone.classes)
     backbone.classifier.eval().requires_grad_(False).to(device)
     shards, head = Shards(folder, backbone, device, settings), backbone.classifier.head
@@ -291,17 +241,15 @@ def sensitivities(
     Samples in even and in odd places of a shard are summed apart: two halves of the training set.
     """
     head, settings = shards.backbone.classifier.head, shards.settings
-    wanted = [each for each in settings.clips if each is not None]
+    wanted = [each for each in settings.clip if each is not None]
     values: list[float] = []
     if wanted:
         values = clip_thresholds(lambda: (shards.read(path)[0] for path in paths), wanted)
     # At two percentiles the activations may be the same: the first stands for both.
-    percentiles: dict[float | None, float | None] = {}
+    percentiles: dict[float | None, float | None] = {None: None}
     for percentile, value in zip(wanted, values, strict=True):
         percentiles.setdefault(value, percentile)
-    if None in settings.clips:
-        percentiles = {None: None, **percentiles}
-    points = list(product(percentiles, settings.temperatures))
+    points = list(product(percentiles, settings.temperature))
     weight, bias = head.weight, bias_of(head)
     total: list[SensitivitySums] = []
     for path in track(paths, f"sensitivity (shards of {SHARD})", len(paths)):
@@ -351,10 +299,8 @@ def search(
         h.to(shards.device),
         outliers,
         measured,
-        settings.grid,
+        settings,
         labels=truth,
-        max_accuracy_drop=settings.max_accuracy_drop,
-        resamples=settings.resamples,
         seed=settings.seed,
         progress=progress,
     )

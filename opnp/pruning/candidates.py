@@ -1,26 +1,30 @@
-"""Candidates of the mask search, the grid they come from, and the trial of each."""
+"""What the mask search tries: candidates, the grid they form, and the trial of each."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from opnp.pruning.masks import Percentages, PruningMask, check_percentages
-from opnp.pruning.sensitivity import NeuronSensitivity, Sensitivity
+from opnp.pruning.masks import Percentages, PruningMask
+from opnp.pruning.sensitivity import Sensitivity
+from opnp.pruning.settings import NeuronSensitivity, SearchSettings
 
-__all__ = ["Candidate", "Grid", "Trial", "candidate_record", "trial_record"]
+__all__ = ["Candidate", "Trial", "candidate_record", "candidates_of", "grid", "trial_record"]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Percentages to prune, and by which neuron sensitivity.
+    """One way to prune and score: percentages, neuron sensitivity, clip and temperature.
 
     Attributes:
-        weights: (low, high) in percent.
-        neurons: (low, high) in percent.
-        neuron_sensitivity: ``mean``, ``gradient`` or ``taylor``; of no effect on (0, 0).
-        clip: features are clipped at this value from above first, as ReAct does; None: not.
+        weights: percent of the weights with the lowest and with the highest sensitivity to prune.
+        neurons: the same for the neurons.
+        neuron_sensitivity: ``mean``, ``gradient`` or ``taylor``; no effect if no neuron is pruned.
+        clip: value at which features are clipped from above first, as ReAct does; None: no clip.
         temperature: T of the energy.
+
+    >>> Candidate(weights=(10, 1)).record()["weights_high"]
+    1
     """
 
     weights: Percentages = (0.0, 0.0)
@@ -31,10 +35,10 @@ class Candidate:
 
     @classmethod
     def stated(cls, record: Mapping[str, Any]) -> "Candidate":
-        """The candidate of a record that `candidate_record` made.
+        """Read a candidate from a record that `candidate_record` made.
 
         Raises:
-            KeyError: it lacks something.
+            KeyError: the record lacks a key.
         """
         return cls(
             (record["weights_low"], record["weights_high"]),
@@ -45,7 +49,7 @@ class Candidate:
         )
 
     def record(self) -> dict[str, float | str]:
-        """What it prunes, under the names of `Grid`."""
+        """What the candidate prunes, under the names of `SearchSettings`."""
         (weights_low, weights_high), (neurons_low, neurons_high) = self.weights, self.neurons
         return {
             "weights_low": weights_low,
@@ -56,7 +60,7 @@ class Candidate:
         }
 
     def mask(self, sensitivity: Sensitivity) -> PruningMask:
-        """The mask these percentages make of a head's sensitivity."""
+        """The mask that these percentages make from the sensitivity of a head (K, L)."""
         return PruningMask.from_sensitivity(
             sensitivity.weights,
             sensitivity.neurons(self.neuron_sensitivity),
@@ -66,58 +70,15 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The candidates: every combination of the percentages, once.
-
-    A pruned head is delicate at the high end (10 classes × 256 features are 2,560 weights, of which
-    0.5 % are 13) and patient at the low end: make it fine there and coarse here.
-
-    Attributes:
-        weights_low: percentages of weights of lowest sensitivity.
-        weights_high: percentages of weights of highest sensitivity.
-        neurons_low: percentages of neurons of lowest sensitivity.
-        neurons_high: percentages of neurons of highest sensitivity.
-        neuron_sensitivity: the definitions to try.
-    """
-
-    weights_low: Sequence[float] = (0, 10, 30, 50)
-    weights_high: Sequence[float] = (0, 0.2, 0.5, 1, 2, 3, 5)
-    neurons_low: Sequence[float] = (0, 10, 30)
-    neurons_high: Sequence[float] = (0, 1, 2, 5, 10, 20)
-    neuron_sensitivity: Sequence[NeuronSensitivity] = ("mean", "gradient", "taylor")
-
-    def candidates(self) -> list[Candidate]:
-        """All candidates; the unpruned head is the first, whatever the grid.
-
-        Raises:
-            InputError: a combination is out of range.
-        """
-        found = {Candidate(): None}
-        for kind, *cuts in product(
-            self.neuron_sensitivity,
-            self.weights_low,
-            self.weights_high,
-            self.neurons_low,
-            self.neurons_high,
-        ):
-            wl, wh, nl, nh = map(float, cuts)
-            check_percentages("weights", (wl, wh))
-            check_percentages("neurons", (nl, nh))
-            # Where no neuron is pruned, the definitions all give the same mask.
-            found[Candidate((wl, wh), (nl, nh), kind if nl or nh else "mean")] = None
-        return list(found)
-
-
-@dataclass(frozen=True)
 class Trial:
-    """A candidate and what was measured of it, in percent.
+    """A candidate and how well it does, in percent.
 
     Attributes:
-        candidate: the percentages.
-        fpr95: of each outlier set, by name.
-        auroc: of each outlier set, by name.
-        accuracy: of the pruned head on the ID features; NaN without labels.
-        pruned: share of the K·L weights that are zero.
+        candidate: what was tried.
+        fpr95: FPR95 of each outlier set, by the set's name.
+        auroc: AUROC of each outlier set, by the set's name.
+        accuracy: accuracy of the pruned head on the ID features; NaN without labels.
+        pruned: share of the K·L weights that are zero, from 0 to 1.
     """
 
     candidate: Candidate
@@ -136,22 +97,51 @@ class Trial:
 
     @property
     def rank(self) -> tuple[float, float]:
-        """What trials are put in order by, the best first: mean FPR95, then mean AUROC."""
+        """Sort key that puts the best trial first: mean FPR95, ties broken by mean AUROC.
+
+        Both are rounded, so that the last digits of a sum do not decide.
+        """
         return round(self.mean_fpr95, 9), -round(self.mean_auroc, 9)
 
 
-def candidates_of(measured: Sequence[Sensitivity], grid: Grid) -> list[Candidate]:
-    """Every candidate of the grid at the clip and temperature of every sensitivity."""
-    percentages = grid.candidates()
+def grid(settings: SearchSettings) -> list[Candidate]:
+    """Every combination of percentages and neuron sensitivities once; the unpruned head is first.
+
+    Args:
+        settings: the percentages and definitions to combine.
+
+    Returns:
+        Candidates that neither clip nor change the temperature.
+
+    >>> nothing = {"weights_low": [0], "neurons_low": [0], "neurons_high": [0]}
+    >>> [each.weights for each in grid(SearchSettings(weights_high=[0, 1], **nothing))]
+    [(0.0, 0.0), (0.0, 1.0)]
+    """
+    found = {Candidate(): None}
+    for kind, wl, wh, nl, nh in product(
+        settings.neuron_sensitivity,
+        settings.weights_low,
+        settings.weights_high,
+        settings.neurons_low,
+        settings.neurons_high,
+    ):
+        # Where no neuron is pruned, all definitions give the same mask.
+        found[Candidate((wl, wh), (nl, nh), kind if nl or nh else "mean")] = None
+    return list(found)
+
+
+def candidates_of(measured: Sequence[Sensitivity], settings: SearchSettings) -> list[Candidate]:
+    """Every candidate of the grid, at the clip and temperature of every sensitivity."""
+    unclipped = grid(settings)
     return [
         replace(candidate, clip=each.clip, temperature=each.temperature)
         for each in measured
-        for candidate in percentages
+        for candidate in unclipped
     ]
 
 
 def setting_of(measured: Sequence[Sensitivity], candidate: Candidate) -> Sensitivity:
-    """The sensitivity at a candidate's clip and temperature."""
+    """The sensitivity that was measured at a candidate's clip and temperature."""
     setting = (candidate.clip, candidate.temperature)
     return next(s for s in measured if (s.clip, s.temperature) == setting)
 
@@ -159,7 +149,12 @@ def setting_of(measured: Sequence[Sensitivity], candidate: Candidate) -> Sensiti
 def candidate_record(
     candidate: Candidate, percentiles: Mapping[float | None, float | None]
 ) -> dict[str, Any]:
-    """A candidate as files have it; ``percentiles`` names the clips by their thresholds."""
+    """A candidate as it is written to files.
+
+    Args:
+        candidate: what to write.
+        percentiles: for each clip (a value of the features), the percentile it was taken at.
+    """
     return candidate.record() | {
         "clip": percentiles[candidate.clip],
         "threshold": candidate.clip,
@@ -168,6 +163,7 @@ def candidate_record(
 
 
 def trial_record(trial: Trial, percentiles: Mapping[float | None, float | None]) -> dict[str, Any]:
+    """A trial as it is written to files, in percent; see `candidate_record`."""
     return candidate_record(trial.candidate, percentiles) | {
         "fpr95": trial.mean_fpr95,
         "auroc": trial.mean_auroc,

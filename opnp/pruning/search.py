@@ -29,10 +29,11 @@ from torch import Tensor, nn
 
 from opnp.errors import InputError
 from opnp.metrics.bootstrap import bootstrap_mean_fpr95
-from opnp.pruning.candidates import Candidate, Grid, Trial, candidates_of, setting_of, trial_record
+from opnp.pruning.candidates import Candidate, Trial, candidates_of, setting_of, trial_record
 from opnp.pruning.energy import bias_of, check_head
 from opnp.pruning.masks import PruningMask
 from opnp.pruning.sensitivity import Sensitivity
+from opnp.pruning.settings import SearchSettings
 from opnp.pruning.table import MEMORY, Judge
 
 __all__ = ["Choice", "SearchResult", "choice_record", "search_masks"]
@@ -85,12 +86,10 @@ def search_masks(
     id_features: Tensor,
     outliers: Mapping[str, Tensor],
     sensitivity: Sensitivity | Sequence[Sensitivity],
-    grid: Grid | None = None,
+    settings: SearchSettings | None = None,
     *,
     labels: Tensor | None = None,
-    max_accuracy_drop: float = 1.0,
     restrictions: Mapping[str, Callable[[Candidate], bool]] | None = None,
-    resamples: int = 200,
     seed: int = 0,
     memory: int = MEMORY,
     progress: Callable[[Iterator[Trial], int], Iterable[Trial]] = lambda trials, _: trials,
@@ -99,32 +98,47 @@ def search_masks(
 
     Args:
         head: the classifier's last layer, weight (K, L).
-        id_features: ID validation features, (N, L), not clipped; never test features.
-        outliers: features of each outlier set, (N_i, L), by name.
-        sensitivity: of ``head``, over the training samples; several, of different clips and
-            temperatures, search over these as well (see `opnp.pruning.sensitivity.measure`).
-        grid: what to try of each.
-        labels: of ``id_features``, (N,); without them accuracy is not constrained.
-        max_accuracy_drop: how far ID accuracy may fall below the unpruned head's, in points.
-        restrictions: further choices to make from the same trials, each among the candidates that a
-            function allows.
-        resamples: of the bootstrap behind each choice.
-        seed: of the bootstrap.
-        memory: bytes that blocks and scores may take, about.
-        progress: wraps the trials, whose number it is told, while they are measured.
+        id_features: ID validation features, shape (N, L), not clipped; never test features.
+        outliers: features of each outlier set by its name, each of shape (N_i, L), not clipped.
+        sensitivity: sensitivity of ``head`` over the training samples. Several, at different clips
+            and temperatures, extend the search to those; `opnp.pruning.sensitivity.measure` gives
+            them.
+        settings: what to try and how to choose. Clips and temperatures are taken from
+            ``sensitivity``, which was measured at them; those of the settings are not used here.
+        labels: classes of ``id_features``, shape (N,); without them accuracy is not constrained.
+        restrictions: names of further choices from the same trials, each with a function that says
+            which candidates may be chosen.
+        seed: seed of the bootstrap.
+        memory: approximate bytes that blocks and scores may take; does not affect the choice.
+        progress: called with the iterator of trials and their number; returns an iterable of the
+            same trials, for a progress bar.
+
+    Returns:
+        All trials, the choices, and the mask of the choice among all.
 
     Raises:
-        InputError: shapes disagree, a set is empty, the grid is out of range, two sensitivities are
-            of the same clip and temperature, or a restriction allows no candidate.
+        InputError: shapes disagree, a set is empty, two sensitivities have the same clip and
+            temperature, or a restriction allows no candidate.
+
+    Source: Chen et al., NeurIPS 2023, arXiv 2402.10062, for the masks; the search without OOD data
+    is this project's own.
+
+    >>> head, h = nn.Linear(8, 3), torch.rand(90, 8)
+    >>> few = SearchSettings(weights_low=[0, 30], neurons_low=[0], neurons_high=[0])
+    >>> measured = measure(h[:40], head.weight, head.bias)
+    >>> found = search_masks(head, h[40:60], {"far": 3 * h[60:]}, measured, few)
+    >>> len(found.trials), found.mask.weights.shape
+    (14, torch.Size([3, 8]))
     """
+    settings = settings or SearchSettings()
     measured = [sensitivity] if isinstance(sensitivity, Sensitivity) else list(sensitivity)
     weight, bias = head.weight.detach(), bias_of(head)
     if not outliers:
         raise InputError("The search needs at least one set of outliers.")
     if not measured or len({(s.clip, s.temperature) for s in measured}) < len(measured):
         raise InputError("The search needs one sensitivity for each clip and temperature.")
-    if resamples < 2 or "all" in (restrictions or {}):
-        raise InputError("The search needs two resamples or more, and no restriction named `all`.")
+    if "all" in (restrictions or {}):
+        raise InputError("`all` names the choice among all candidates: rename that restriction.")
     for name, features in {"ID validation": id_features, **outliers}.items():
         check_head(features, weight, bias, min(each.temperature for each in measured))
         if len(features) == 0:
@@ -140,14 +154,14 @@ def search_masks(
                 f"The sensitivity is of a head {tuple(each.weights.shape)}, this one is "
                 f"{tuple(weight.shape)}: measure this head's."
             )
-    candidates = candidates_of(measured, grid or Grid())
+    candidates = candidates_of(measured, settings)
     judge = Judge.of(head, id_features, outliers, labels, memory)
     by_candidate = {
         trial.candidate: trial
         for trial in progress(judge.trials(measured, candidates), len(candidates))
     }
     trials = [by_candidate[candidate] for candidate in candidates]
-    choose_among = partial(choose, judge, measured, trials, max_accuracy_drop, resamples, seed)
+    choose_among = partial(choose, judge, measured, trials, settings, seed)
     choices = {
         name: choose_among(allowed)
         for name, allowed in {"all": lambda _: True, **(restrictions or {})}.items()
@@ -160,8 +174,7 @@ def choose(
     judge: Judge,
     measured: Sequence[Sensitivity],
     trials: Sequence[Trial],
-    max_accuracy_drop: float,
-    resamples: int,
+    settings: SearchSettings,
     seed: int,
     allowed: Callable[[Candidate], bool],
 ) -> Choice:
@@ -177,21 +190,24 @@ def choose(
         judge: scores the candidates in question once more.
         measured: the sensitivities, with their halves if there are any.
         trials: the first is the unpruned head, which accuracy is compared with.
-        max_accuracy_drop: in points.
-        resamples: of the bootstrap.
-        seed: of the bootstrap.
-        allowed: restricts the choice, to weight pruning alone, say.
+        settings: how much accuracy may be lost, and the number of resamples.
+        seed: seed of the bootstrap.
+        allowed: says which candidates may be chosen, such as those that prune weights only.
+
+    Raises:
+        InputError: no allowed candidate keeps the accuracy.
     """
-    floor = trials[0].accuracy - max_accuracy_drop
+    floor = trials[0].accuracy - settings.max_accuracy_drop
     # Without labels accuracies are NaN, and no comparison with NaN holds: nothing is excluded.
     accurate = [t for t in trials if allowed(t.candidate) and not t.accuracy < floor - 1e-9]
     if not accurate:
         raise InputError(
-            "No candidate is allowed and keeps the accuracy: widen the grid, or max_accuracy_drop."
+            "No allowed candidate keeps the accuracy: try smaller percentages, or allow a larger "
+            "drop in accuracy."
         )
     front = pareto_front(accurate)
     candidates = [trial.candidate for trial in front]
-    figures = bootstrap_means(judge, judge.scores(measured, candidates), resamples, seed)
+    figures = bootstrap_means(judge, judge.scores(measured, candidates), settings.bootstrap, seed)
     instability = instabilities(judge, measured, candidates)
     known = np.nan_to_num(instability)
     penalized = np.array([trial.mean_fpr95 for trial in front]) + known

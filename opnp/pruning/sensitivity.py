@@ -12,7 +12,8 @@ so that averages over m training samples need one matrix product and no backward
                         taylor      N_j = (1/m) Σ_k |h_j Σ_i p_i W_ij|
 
 Source: Chen et al., "Optimal Parameter and Neuron Pruning for Out-of-Distribution Detection",
-NeurIPS 2023, arXiv 2402.10062. ``mean`` is the paper's reading of the neuron sensitivity.
+NeurIPS 2023, arXiv 2402.10062. How the paper aggregates a neuron's weights is not stated in any
+source that can be read, so all three definitions are a choice of the search.
 
 Sensitivities are means, and means of parts cannot be merged; hence `SensitivitySums`: what a part
 of the training set contributes is a sum and a count, and parts are merged by adding.
@@ -21,13 +22,14 @@ of the training set contributes is a sum and a count, and parts are merged by ad
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Literal, Self, get_args
+from typing import Self, get_args
 
 import torch
 from torch import Tensor
 
 from opnp.errors import InputError
 from opnp.pruning.energy import check_head, logits
+from opnp.pruning.settings import NeuronSensitivity
 
 __all__ = [
     "NeuronSensitivity",
@@ -38,9 +40,6 @@ __all__ = [
     "neuron_sensitivity",
     "parameter_sensitivity",
 ]
-
-
-NeuronSensitivity = Literal["mean", "gradient", "taylor"]
 
 BATCH = 1024  # rows per product: bounds the memory for any N, and fixes the order of summation
 
@@ -303,7 +302,7 @@ def neuron_sensitivity(
         weight: head weight W, shape (K, L).
         bias: head bias b, shape (K,).
         temperature: T of the energy.
-        kind: ``mean`` (the paper's), ``gradient`` or ``taylor``.
+        kind: ``mean``, ``gradient`` or ``taylor``.
 
     Returns:
         N, shape (L,), float64, on the CPU.

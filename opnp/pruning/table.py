@@ -29,7 +29,8 @@ from opnp.metrics.separation import fpr95_auroc
 from opnp.pruning.candidates import Candidate, Trial
 from opnp.pruning.energy import bias_of
 from opnp.pruning.masks import Percentages, pruned_count
-from opnp.pruning.sensitivity import NeuronSensitivity, Sensitivity
+from opnp.pruning.sensitivity import Sensitivity
+from opnp.pruning.settings import NeuronSensitivity
 
 MEMORY = 2**30  # bytes
 BLOCK = 2**21  # numbers in the table of a block of samples: more leave the processor's caches
@@ -222,7 +223,7 @@ class Judge:
 class Cuts:
     """The intervals of an ascending order that low and high cuts leave, each in two parts.
 
-    Every low cut must end before every high cut begins, as in a valid `Grid`.
+    Every low cut must end before every high cut begins, as in valid settings.
 
     Attributes:
         n: length of the order.

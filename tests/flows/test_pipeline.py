@@ -128,7 +128,7 @@ def test_what_the_search_chose_is_among_its_trials_and_in_its_masks(workspace: P
     trials = pq.read_table(artifacts.TRIALS).to_pylist()
     assert found["candidates"] == len(trials)
     assert found["backbone"] == digest(artifacts.BACKBONE)
-    assert (found["proxies"], found["outliers"]) == (chosen.search.proxies, [])
+    assert (found["proxies"], found["outliers"]) == (list(chosen.search.proxies), [])
     unpruned = {key: trials[0][key] for key in found["unpruned"]}
     assert found["unpruned"] == unpruned
     assert (unpruned["clip"], unpruned["temperature"], unpruned["pruned"]) == (None, 1.0, 0)
@@ -351,6 +351,36 @@ def test_a_parameter_concerns_only_its_stages(
     set_parameters(workspace, {name: value})
     chosen = parameters.load()
     assert [stage for stage in whole.STAGES if whole.outdated(stage, chosen)] == concerned
+
+
+def test_a_file_that_leaves_out_what_has_a_default_is_completed(workspace: Path) -> None:
+    """As a preset does: what is written in is what the run was made with, and DVC agrees."""
+    path = workspace / "params.yaml"
+    chosen = parameters.load(path)
+    stated = yaml.load(path.read_text())
+    for name, values in stated.items():
+        if isinstance(values, dict):
+            section = getattr(chosen, name)
+            fields = type(section).model_fields
+            stated[name] = {
+                key: value
+                for key, value in values.items()
+                if getattr(section, key) != fields[key].get_default()
+            }
+    writer = YAML()
+    writer.dump({name: value for name, value in stated.items() if value}, path)
+    partial = path.read_text()
+    assert "energy:" not in partial
+    done = run_program("python", "-m", "flows.pipeline", cwd=workspace)
+    assert done.returncode == 0, done.stderr
+    assert "there is nothing to do" in done.stdout
+    assert parameters.load(path) == chosen
+    assert parameters.complete(path) == []
+    path.write_text(partial)
+    done = run_program("python", "-m", "flows.train", cwd=workspace)
+    assert done.returncode == 0, done.stderr
+    done = run_program("dvc", "status", cwd=workspace)
+    assert "up to date" in done.stdout, done.stdout
 
 
 def test_plain_functions_and_any_number_of_workers_give_the_same_bits(
@@ -682,7 +712,7 @@ def test_a_checkpoint_of_another_backbone_is_evaluated(
 
 def test_every_detector_of_the_parameters_is_compared(workspace: Path) -> None:
     """The whole list that ships, each detector tuned on few samples."""
-    everything = parameters.load(ROOT / "params.yaml").evaluate.detectors
+    everything = list(parameters.load(ROOT / "params.yaml").evaluate.detectors)
     assert {name for name in everything if name.startswith("opnp+")} >= {"opnp+react", "opnp+odin"}
     set_parameters(
         workspace,

@@ -13,8 +13,7 @@ from opnp.backbones.backbone import Backbone, from_spec
 from opnp.data import generated, images
 from opnp.data.preprocessing import Preprocessing
 from opnp.deployment import fit
-from opnp.deployment.fit import Settings
-from opnp.pruning.candidates import Grid
+from opnp.deployment.settings import FitSettings
 
 __all__ = ["CLASSES", "QUICK", "SPEC", "backbone", "fitted", "make"]
 
@@ -88,15 +87,19 @@ def backbone(folder: Path) -> Backbone:
     return from_spec(SPEC, folder / "weights.pt", preprocessing, CLASSES)
 
 
-QUICK = Settings(
-    Grid((0, 30), (0, 0.2, 2), (0, 30), (0, 5), ("gradient",)),
-    clips=(None, 90),
-    temperatures=(1.0,),
+QUICK = FitSettings(
+    weights_low=(0, 30),
+    weights_high=(0, 0.2, 2),
+    neurons_low=(0, 30),
+    neurons_high=(0, 5),
+    neuron_sensitivity=("gradient",),
+    clip=(None, 90),
+    temperature=(1.0,),
 )
 """A search of few masks."""
 
 
-def fitted(folder: Path, out: Path, settings: Settings = QUICK) -> Path:
+def fitted(folder: Path, out: Path, settings: FitSettings = QUICK) -> Path:
     """Fit a detector to the model, and save it."""
     train, validation = (images.find(folder / "images" / part) for part in ("train", "validation"))
     detector = fit.fit(backbone(folder), train, validation, out.with_suffix(".features"), settings)

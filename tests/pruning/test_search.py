@@ -1,7 +1,7 @@
 """The mask search against brute force, and its choice against a naive one and cases by hand."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise, product
 from math import nan
 from typing import Any
@@ -12,12 +12,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from opnp.errors import InputError
 from opnp.pruning import table
-from opnp.pruning.candidates import Candidate, Grid, Trial
+from opnp.pruning.candidates import Candidate, Trial, grid
 from opnp.pruning.energy import energy_score, linear_head
 from opnp.pruning.masks import PruningMask, keep
 from opnp.pruning.search import (
@@ -28,12 +29,15 @@ from opnp.pruning.search import (
     pareto_front,
     search_masks,
 )
-from opnp.pruning.sensitivity import NeuronSensitivity, Sensitivity, SensitivitySums, measure
+from opnp.pruning.sensitivity import Sensitivity, SensitivitySums, measure
+from opnp.pruning.settings import NeuronSensitivity, SearchSettings
 from opnp.pruning.table import Judge
 
 # float64 throughout, so that the order in which logits are summed decides no comparison of scores
 K, WIDTH, TEMPERATURE = 4, 20, 1.5
-GRID = Grid((0, 30), (0, 2.5, 10), (0, 10), (0, 5, 20))
+GRID = SearchSettings(
+    weights_low=(0, 30), weights_high=(0, 2.5, 10), neurons_low=(0, 10), neurons_high=(0, 5, 20)
+)
 
 DEVICES = [
     "cpu",
@@ -76,9 +80,8 @@ def searched(labels: Tensor | None = LABELS, drop: float = 100.0, **options: Any
         VALIDATION,
         OUTLIERS,
         SENSITIVITY,
-        GRID,
+        GRID.model_copy(update={"max_accuracy_drop": drop}),
         labels=labels,
-        max_accuracy_drop=drop,
         **options,
     )
 
@@ -144,7 +147,8 @@ def without_noise(trials: Sequence[Trial], max_accuracy_drop: float = 1.0) -> Ch
     judge, sensitivity = scripted(
         sizes, 2, {t.candidate: torch.zeros(2 + len(sizes)) for t in trials}
     )
-    return choose(judge, [sensitivity], trials, max_accuracy_drop, 3, 0, everything)
+    few = SearchSettings(max_accuracy_drop=max_accuracy_drop, bootstrap=3)
+    return choose(judge, [sensitivity], trials, few, 0, everything)
 
 
 def settings(candidates: Sequence[Candidate], *measured: Sensitivity) -> list[Candidate]:
@@ -180,7 +184,7 @@ def test_every_trial_equals_pruning_and_scoring_from_scratch(unconstrained: Sear
 
 
 def test_the_trials_are_the_grids_candidates_in_order(unconstrained: SearchResult) -> None:
-    assert [t.candidate for t in unconstrained.trials] == settings(GRID.candidates(), SENSITIVITY)
+    assert [t.candidate for t in unconstrained.trials] == settings(grid(GRID), SENSITIVITY)
 
 
 def test_the_lowest_trial_ranks_first(unconstrained: SearchResult) -> None:
@@ -200,8 +204,15 @@ def test_the_best_is_the_choice_among_all_and_its_mask_is_returned(
 
 
 def test_the_grid_has_each_distinct_mask_once() -> None:
-    grid = Grid((0, 30, 0.0), (0, 1), (0, 10), (0, 5, 5.0), ("mean", "taylor"))
-    candidates = grid.candidates()
+    candidates = grid(
+        SearchSettings(
+            weights_low=(0, 30, 0.0),
+            weights_high=(0, 1),
+            neurons_low=(0, 10),
+            neurons_high=(0, 5, 5.0),
+            neuron_sensitivity=("mean", "taylor"),
+        )
+    )
     expected = {
         (wl, wh, nl, nh, kind if nl or nh else "any")
         for wl, wh, nl, nh, kind in product((0, 30), (0, 1), (0, 10), (0, 5), ("mean", "taylor"))
@@ -214,9 +225,16 @@ def test_the_grid_has_each_distinct_mask_once() -> None:
     assert set(found) == expected
 
 
-@pytest.mark.parametrize("grid", [GRID, Grid((30, 0), (5, 0)), Grid((30,), (5,), (10,), (5,))])
-def test_the_unpruned_head_comes_first_whatever_the_grid(grid: Grid) -> None:
-    candidates = grid.candidates()
+@pytest.mark.parametrize(
+    "percentages",
+    [
+        {},
+        {"weights_low": (30, 0), "weights_high": (5, 0)},
+        dict.fromkeys(("weights_low", "weights_high", "neurons_low", "neurons_high"), (5,)),
+    ],
+)
+def test_the_unpruned_head_comes_first_whatever_the_grid(percentages: dict[str, Any]) -> None:
+    candidates = grid(SearchSettings(**percentages))
     assert candidates[0] == Candidate((0, 0), (0, 0))
     assert len(set(candidates)) == len(candidates)
 
@@ -335,7 +353,7 @@ def test_the_neuron_that_misleads_is_found_and_removed(
         inside,
         {"misleading": outside},
         measured(head, inside),
-        Grid(**{**ONLY, pruned: (0, percent)}),
+        SearchSettings(**{**ONLY, pruned: (0, percent)}),
     )
     assert (found.trials[0].mean_fpr95, found.trials[0].mean_auroc) == (100, 0)
     assert (found.best.mean_fpr95, found.best.mean_auroc) == (0, 100)
@@ -347,7 +365,13 @@ def test_a_head_without_bias_is_searched_as_one_with_a_zero_bias() -> None:
     bare.weight.copy_(HEAD.weight)
     zero = linear_head(bare.weight, torch.zeros(K, dtype=torch.float64))
     trials = [
-        search_masks(head, VALIDATION, OUTLIERS, SENSITIVITY, Grid((0,), (0, 5), (0,), (0,))).trials
+        search_masks(
+            head,
+            VALIDATION,
+            OUTLIERS,
+            SENSITIVITY,
+            SearchSettings(**{**ONLY, "weights_high": (0, 5)}),
+        ).trials
         for head in (bare, zero)
     ]
     assert repr(trials[0]) == repr(trials[1])
@@ -409,10 +433,10 @@ def test_no_sensitivity_and_two_of_one_setting_are_refused() -> None:
     ],
     ids=str,
 )
-def test_a_grid_out_of_range_is_refused_by_name(percentages: dict[str, tuple[float, ...]]) -> None:
+def test_a_grid_out_of_range_is_refused_by_name(percentages: dict[str, Any]) -> None:
     name = next(iter(percentages)).split("_")[0]
-    with pytest.raises(InputError, match=name):
-        Grid(**percentages).candidates()  # type: ignore[arg-type]
+    with pytest.raises(ValidationError, match=name):
+        SearchSettings(**percentages)
 
 
 # What tables of partial sums give must be what a product for each candidate gives.
@@ -574,7 +598,7 @@ def test_every_candidate_of_the_default_grid_equals_a_product_of_its_own(
     drawn_case = case(k, k, width, 30, (14, 9), dtype, relu)
     moved = drawn_case.on(device)
     measured = measure(moved.training, moved.weight, moved.bias)
-    candidates = Grid().candidates()
+    candidates = grid(SearchSettings())
     expected = brute_force(drawn_case, measured, candidates)
     scores, trials = judged(moved, measured, candidates)
     assert farthest(scores, expected) < tolerance
@@ -596,7 +620,7 @@ def test_clips_and_temperatures_are_each_candidates_own(
     drawn_case = case(1, 6, 30, 70, (40, 33), dtype)
     moved = drawn_case.on(device)
     measured = measure(moved.training, moved.weight, moved.bias, (0.5, 1.0, 4.0), (None, 0.8, 0.2))
-    candidates = settings(GRID.candidates(), *measured)
+    candidates = settings(grid(GRID), *measured)
     expected = brute_force(drawn_case, measured, candidates)
     scores, trials = judged(moved, measured, candidates)
     assert farthest(scores, expected) < tolerance
@@ -624,7 +648,7 @@ def test_a_search_over_clips_and_temperatures_is_a_search_over_each(device: str)
 
 
 @st.composite
-def grids(draw: st.DrawFn) -> Grid:
+def grids(draw: st.DrawFn) -> SearchSettings:
     """Percentages of any order, repeated too, up to those which together leave next to nothing."""
     cuts = []
     for _ in range(2):
@@ -635,7 +659,13 @@ def grids(draw: st.DrawFn) -> Grid:
             cuts.append([*draw(some), most / 100])
     kinds: list[NeuronSensitivity] = draw(st.permutations(("mean", "gradient", "taylor")))
     wl, wh, nl, nh = (draw(st.permutations(each)) for each in cuts)
-    return Grid(wl, wh, nl, nh, kinds[: draw(st.integers(1, 3))])
+    return SearchSettings(
+        weights_low=wl,
+        weights_high=wh,
+        neurons_low=nl,
+        neurons_high=nh,
+        neuron_sensitivity=kinds[: draw(st.integers(1, 3))],
+    )
 
 
 @given(
@@ -651,7 +681,7 @@ def grids(draw: st.DrawFn) -> Grid:
     st.randoms(use_true_random=False),
 )
 def test_any_grid_in_any_order_and_any_memory_equals_brute_force(
-    grid: Grid,
+    chosen: SearchSettings,
     seed: int,
     k: int,
     width: int,
@@ -665,7 +695,7 @@ def test_any_grid_in_any_order_and_any_memory_equals_brute_force(
     clips, temperatures = setting
     drawn_case = case(seed, k, width, inside, tuple(sizes), relu=relu)
     measured = measure(drawn_case.training, drawn_case.weight, drawn_case.bias, temperatures, clips)
-    candidates = settings(grid.candidates(), *measured)
+    candidates = settings(grid(chosen), *measured)
     shuffle.shuffle(candidates)
     candidates = candidates[:100]  # of a grid's candidates any may be asked for
     expected = brute_force(drawn_case, measured, candidates)
@@ -715,7 +745,9 @@ def test_a_candidate_that_keeps_nothing_scores_all_samples_alike(
     drawn_case = case(3, 4, 9, inside, (64, 1, 7), dtype)
     measured = measure(drawn_case.training, drawn_case.weight, drawn_case.bias)
     # 49.9 % of 36 weights and of 9 neurons are 18 and, rounded down, 4; half of them 18 and 5.
-    candidates = Grid((0, 50), (0, 49.9), (0, 50), (0, 49.9), ("mean",)).candidates()
+    halves: dict[str, Any] = {"weights_low": (0, 50), "weights_high": (0, 49.9)}
+    halves |= {"neurons_low": (0, 50), "neurons_high": (0, 49.9), "neuron_sensitivity": ("mean",)}
+    candidates = grid(SearchSettings(**halves))
     _, trials = judged(drawn_case, measured, candidates)
     empty = [trial for trial in trials if trial.pruned == 1]
     assert len(empty) == 7
@@ -734,7 +766,7 @@ def test_samples_of_the_same_logits_tie(dtype: torch.dtype) -> None:
         samples=(2 * drawn_case.samples[:1]).round().repeat(68, 1),
     )
     measured = measure(whole.training, whole.weight, whole.bias)
-    _, trials = judged(whole, measured, Grid().candidates())
+    _, trials = judged(whole, measured, grid(SearchSettings()))
     for trial in trials:
         assert set(trial.fpr95.values()) == {100}
         assert set(trial.auroc.values()) == {50}
@@ -759,7 +791,7 @@ def test_the_smallest_cases_equal_brute_force(
 ) -> None:
     drawn_case = case(5, k, width, inside, sizes)
     measured = measure(drawn_case.training, drawn_case.weight, drawn_case.bias)
-    candidates = Grid().candidates()
+    candidates = grid(SearchSettings())
     expected = brute_force(drawn_case, measured, candidates)
     scores, trials = judged(drawn_case, measured, candidates)
     assert farthest(scores, expected) < 1e-10
@@ -807,7 +839,7 @@ def test_scores_survive_the_underflow_of_exponentials(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     drawn_case, measured = huge(dtype, scale, temperature)
-    candidates = settings(GRID.candidates(), *measured)
+    candidates = settings(grid(GRID), *measured)
     scores, _ = judged(drawn_case, measured, candidates)
     assert np.isfinite(scores).all()
     assert farthest(scores, brute_force(drawn_case, measured, candidates)) < tolerance
@@ -821,7 +853,7 @@ def test_accuracy_survives_the_underflow_of_exponentials(
     dtype: torch.dtype, tolerance: float, scale: float, temperature: float
 ) -> None:
     drawn_case, measured = huge(dtype, scale, temperature)
-    candidates = settings(GRID.candidates(), *measured)
+    candidates = settings(grid(GRID), *measured)
     _, trials = judged(drawn_case, measured, candidates)
     expected = brute_force(drawn_case, measured, candidates)
     found = np.array([trial.accuracy for trial in trials])
@@ -835,9 +867,9 @@ def test_large_features_lose_no_digits(relu: bool) -> None:
         drawn_case, training=300 * drawn_case.training, samples=300 * drawn_case.samples
     )
     measured = measure(large.training, large.weight, large.bias)
-    expected = brute_force(large, measured, GRID.candidates())
+    expected = brute_force(large, measured, grid(GRID))
     assert expected.magnitude.max() > 1e3
-    scores, _ = judged(large, measured, GRID.candidates())
+    scores, _ = judged(large, measured, grid(GRID))
     assert np.isfinite(scores).all()
     assert farthest(scores, expected) < 1e-5
 
@@ -887,7 +919,8 @@ def chosen(
         )
         for trial in judge.trials([sensitivity], [cut(p) for p in figures])
     ]
-    return choose(judge, [sensitivity], trials, drop, 500, seed, allowed)
+    chosen = SearchSettings(max_accuracy_drop=drop, bootstrap=500)
+    return choose(judge, [sensitivity], trials, chosen, seed, allowed)
 
 
 THREE: Figures = {0: (0.0, 90.0), 1: (0.1, 90.0), 2: (0.5, 90.0)}
@@ -979,7 +1012,7 @@ def test_the_interval_contains_the_figure_of_random_scores() -> None:
         )
         judge, sensitivity = scripted(sizes, 400, {cut(0): row})
         trials = list(judge.trials([sensitivity], [cut(0)]))
-        found = choose(judge, [sensitivity], trials, 1.0, 500, 0, everything)
+        found = choose(judge, [sensitivity], trials, SearchSettings(bootstrap=500), 0, everything)
         assert found.interval[0] < trials[0].mean_fpr95 < found.interval[1]
 
 
@@ -1008,7 +1041,7 @@ def test_all_trials_pass_through_the_progress_that_is_told_their_number() -> Non
             yield trial
 
     found = searched(progress=progress)
-    assert told == [len(GRID.candidates())]
+    assert told == [len(grid(GRID))]
     assert sorted(map(repr, seen)) == sorted(map(repr, found.trials))
 
 
@@ -1029,7 +1062,7 @@ def test_halves_measured_with_the_sensitivity_make_the_choice_robust() -> None:
 
 def test_what_is_pruned_is_recorded_under_the_names_of_the_grid() -> None:
     record = Candidate((1, 2), (3, 4), "taylor", 0.5, 2.0).record()
-    assert list(record) == [f.name for f in fields(Grid)]
+    assert list(record) == list(SearchSettings.model_fields)[:5]
     assert list(record.values()) == [1, 2, 3, 4, "taylor"]
 
 
@@ -1119,7 +1152,9 @@ def test_the_choice_is_the_least_pruned_within_noise_of_the_lowest(
         replace(trial, pruned=rng.integers(5) / 8, accuracy=float(rng.integers(89, 92)))
         for trial in judge.trials([sensitivity], candidates)
     ]
-    found = choose(judge, [sensitivity], trials, 1.0, resamples, seed, everything)
+    found = choose(
+        judge, [sensitivity], trials, SearchSettings(bootstrap=resamples), seed, everything
+    )
 
     rows = [scripts[0][c].numpy() for c in candidates]
     means = naive_means(judge, rows, resamples, seed)

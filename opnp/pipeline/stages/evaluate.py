@@ -289,7 +289,7 @@ def oracles(
     rows = pq.read_table(workspace.TRIALS).to_pylist()
     floor = rows[0]["accuracy"] - parameters.search.max_accuracy_drop - 1e-9
     accurate = {Candidate.stated(row) for row in rows if row["accuracy"] >= floor}
-    candidates = candidates_of(measured, search.grid_of(parameters))
+    candidates = candidates_of(measured, parameters.search)
     ood = {name: each.features for name, each in test.items() if name != "test"}
     tested = Judge.of(head, test["test"].features, ood).trials(measured, candidates)
     by_candidate = {

@@ -12,7 +12,7 @@ from opnp.backbones.backbone import load_backbone
 from opnp.errors import InputError
 from opnp.pipeline.parameters import Parameters
 from opnp.pipeline.stages import features, sensitivity
-from opnp.pruning.candidates import Grid, Trial, setting_of, trial_record
+from opnp.pruning.candidates import Trial, setting_of, trial_record
 from opnp.pruning.methods import METHODS
 from opnp.pruning.search import SearchResult, choice_record, search_masks
 from opnp.runtime import devices
@@ -40,11 +40,9 @@ def run(parameters: Parameters) -> SearchResult:
             h,
             outliers,
             measured,
-            grid_of(parameters),
+            settings,
             labels=labels,
-            max_accuracy_drop=settings.max_accuracy_drop,
             restrictions=METHODS,
-            resamples=settings.bootstrap,
             seed=parameters.seed,
             progress=progress,
         )
@@ -90,17 +88,6 @@ def read(parameters: Parameters) -> dict[str, Any]:
         if found.get(key) != value:
             raise InputError(f"{workspace.SEARCH} was made with {what}.", "stage:search")
     return found
-
-
-def grid_of(parameters: Parameters) -> Grid:
-    settings = parameters.search
-    return Grid(
-        settings.weights_low,
-        settings.weights_high,
-        settings.neurons_low,
-        settings.neurons_high,
-        settings.neuron_sensitivity,
-    )
 
 
 def write_trials(trials: list[Trial], percentiles: Mapping[float | None, float | None]) -> None:
