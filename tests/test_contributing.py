@@ -77,3 +77,60 @@ def test_the_recipes_of_detectors(copy: Path) -> None:
     done = run_program("python", "try.py", cwd=copy, env={"PYTHONPATH": str(copy)})
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["Entropy", "OPNP+Entropy", "Mine"]
+
+
+TRY_SETTING = """
+import json
+from pathlib import Path
+
+import torch
+
+from opnp import SearchSettings, search_masks
+from opnp.pipeline import parameters
+from opnp.pruning.sensitivity import measure
+
+path = Path("params.yaml")
+assert parameters.load(path).search.noise == 1
+assert parameters.complete(path) == ["search.noise"]
+text = path.read_text()
+assert "  # Standard errors within which masks count as equally good.\\n  noise: 1\\n" in text
+path.write_text(text.replace("noise: 1", "noise: -1"))
+print(parameters.faults(path))
+path.write_text(text.replace("noise: 1", "noise: 2"))
+assert parameters.load(path).search.noise == 2
+
+torch.manual_seed(0)
+head, h = torch.nn.Linear(8, 3), torch.rand(90, 8)
+measured = measure(h[:40], head.weight, head.bias)
+outliers = {"far": h[60:] + 0.1 * torch.rand(30, 8)}
+for noise in (0, 1000):
+    found = search_masks(head, h[40:60], outliers, measured, SearchSettings(noise=noise))
+    print(found.best.mean_fpr95 == found.choices["all"].lowest.mean_fpr95, found.best.pruned)
+"""
+
+
+def test_the_recipe_of_a_setting(copy: Path) -> None:
+    """The file of parameters, the option with its help, and the call all have it."""
+    field, use = re.findall(r"`(noise[: ].+)`", recipe("A setting of the search"))
+    rooms = copy / "opnp" / "pruning"
+    put_before(rooms / "settings.py", "bootstrap:", f"    {field}")
+    search = (rooms / "search.py").read_text()
+    assert search.count(use.replace("settings.noise * ", "")) == 1
+    (rooms / "search.py").write_text(search.replace(use.replace("settings.noise * ", ""), use))
+
+    (copy / "try.py").write_text(TRY_SETTING)
+    env = {"PYTHONPATH": str(copy)}
+    done = run_program("python", "try.py", cwd=copy, env=env)
+    assert done.returncode == 0, done.stderr
+    fault, exact, lenient = done.stdout.splitlines()
+    assert "`search.noise`: input should be greater than or equal to 0 (it is -1)" in fault
+    assert exact.startswith("True ")
+    assert lenient.endswith(" 0.0"), "with any noise, nothing need be pruned"
+
+    done = run_program("python", "-m", "opnp", "fit", "--help", cwd=copy, env=env)
+    told = "--noise NUMBER Standard errors within which masks count as equally good. [default: 1]"
+    assert told in " ".join(done.stdout.split())
+    words = ("--out", "new", "--noise", "-1")
+    done = run_program("python", "-m", "opnp", "fit", *words, cwd=copy, env=env)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: --noise: input should be greater than or equal to 0")
