@@ -1,1 +1,1 @@
-"""What every room stands on: files, tensors, storage, devices, seeds and progress."""
+"""Files, tensors, storage, devices, seeds and progress: what all other rooms build on."""

@@ -1,5 +1,7 @@
-"""The device of a worker (a GPU of its own where there are any, else the CPU), used so that the
-same input gives the same bits."""
+"""The device of a worker: its own GPU if the machine has any, otherwise the CPU.
+
+The device is used so that the same input gives the same bits.
+"""
 
 import os
 import tempfile
@@ -12,7 +14,7 @@ from pathlib import Path
 import torch
 from filelock import BaseFileLock, FileLock, Timeout
 
-# cuBLAS is deterministic only with a workspace of fixed size, stated before CUDA starts.
+# cuBLAS is deterministic only with a workspace of fixed size, set before CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 __all__ = ["claim", "deterministic", "device"]
@@ -21,7 +23,7 @@ worker = threading.local()
 
 
 def device() -> torch.device:
-    """The device of this worker, be it a thread or a process; the same for as long as it lives."""
+    """The device of this worker, a thread or a process; it never changes."""
     if not hasattr(worker, "device"):
         names = [
             str(torch.cuda.get_device_properties(index).uuid)
@@ -35,18 +37,18 @@ def device() -> torch.device:
 
 
 def claim(names: Sequence[str], folder: Path | None = None) -> tuple[int, BaseFileLock]:
-    """Take the first of several GPUs that fewest workers of this machine hold.
+    """Claim the first of the GPUs that are held by the fewest workers of this machine.
 
-    Locks of files do it, since they need no agreement between thread pools, process pools, Dask and
-    dask-cuda (which shows each worker all GPUs, its own first), and end with their holder, even if
-    it is killed.
+    Claims are file locks. They need no coordination between thread pools, process pools, Dask and
+    dask-cuda (which shows each worker all GPUs, its own first), and they end with their holder,
+    even if it is killed.
 
     Args:
-        names: of the visible GPUs, the same for all workers of the machine, in any order.
-        folder: where the locks lie; by default a temporary one of this user.
+        names: unique names of the visible GPUs, the same for all workers but in any order.
+        folder: folder of the locks; by default a temporary folder of this user.
 
     Returns:
-        The position of the GPU among ``names``, and the lock: the claim ends when it is released.
+        The GPU's position in ``names``, and the lock, whose release ends the claim.
     """
     if folder is None:
         folder = Path(tempfile.gettempdir()) / f"opnp-{os.getuid()}"
@@ -64,14 +66,17 @@ def claim(names: Sequence[str], folder: Path | None = None) -> tuple[int, BaseFi
 
 @contextmanager
 def deterministic(threads: int) -> Iterator[None]:
-    """Run with deterministic algorithms and a fixed number of threads of this thread's kernels.
+    """Run the block with deterministic algorithms and a fixed number of kernel threads.
 
-    The order in which a kernel sums depends on how many threads share it, so bits that should not
-    depend on the machine's load or size need a fixed number. That number is each Python thread's
-    own; the choice of algorithms is the process's, and stays, since tasks overlap in time.
+    A kernel's order of summation depends on its number of threads, so results that must not depend
+    on the machine's load or size need a fixed number. The number applies to the calling Python
+    thread. The choice of algorithms applies to the process and stays, since tasks overlap in time.
+
+    Args:
+        threads: number of threads of each kernel.
     """
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.allow_tf32 = False  # of 10 bits, where the CPU's float32 has 23
+    torch.backends.cudnn.allow_tf32 = False  # has 10 bits of precision, float32 on the CPU 23
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, then renamed."""
+"""Files that are complete or absent: written beside their place, then renamed."""
 
 import csv
 import errno
@@ -27,7 +27,7 @@ __all__ = [
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary neighbour of ``path`` that replaces it only if the block succeeds.
+    """Yield a temporary file beside ``path``, which replaces it only if the block succeeds.
 
     Raises:
         InputError: the disk is full.
@@ -35,21 +35,17 @@ def atomic(path: Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(path)
-    except Exception as error:
-        if reason := full_disk(error, path):
-            raise InputError(reason) from error
-        raise
+        with enough_space(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty temporary neighbour of the folder ``path`` that takes its place only if the
-    block succeeds; what was there before is removed then.
+    """Yield an empty folder beside ``path``, which replaces it only if the block succeeds.
 
     Raises:
         InputError: the disk is full.
@@ -57,15 +53,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     path = Path(path)
     temporary, before = (path.with_name(f".{path.name}.{os.getpid()}.{n}") for n in ("part", "old"))
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if path.exists():  # a folder cannot be renamed onto one that holds something
-            path.rename(before)
-        temporary.rename(path)
-    except Exception as error:
-        if reason := full_disk(error, path):
-            raise InputError(reason) from error
-        raise
+        with enough_space(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            if path.exists():  # a folder cannot be renamed onto one that is not empty
+                path.rename(before)
+            temporary.rename(path)
     finally:
         if before.exists() and not path.exists():
             before.rename(path)
@@ -73,19 +66,30 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
+@contextmanager
+def enough_space(path: Path) -> Iterator[None]:
+    """Turn any library's error of a full disk into an InputError that names ``path``."""
+    try:
+        yield
+    except Exception as error:
+        if reason := full_disk(error, path):
+            raise InputError(reason) from error
+        raise
+
+
 def full_disk(error: BaseException, path: Path | None = None) -> str | None:
-    """What to say of an error that means a full disk, or a spent quota; None of any other.
+    """The sentence for an error that means a full disk or an exhausted quota; None for any other.
 
     Args:
-        error: of any library; some say it only in their message.
-        path: the file that was being written, if the error does not name it.
+        error: of any library; some name the cause only in their message.
+        path: the file being written, if the error does not name it.
     """
     full = (errno.ENOSPC, errno.EDQUOT)
     told = isinstance(error, OSError) and error.errno in full
     if not told and not any(os.strerror(each) in str(error) for each in full):
         return None
     place = path or getattr(error, "filename", None) or Path.cwd()
-    return f"No space is left for {place}: make some and run again, which goes on from here."
+    return f"No space is left for {place}: free some and run again, which resumes from here."
 
 
 def digest(path: Path, algorithm: str = "sha256") -> str:
@@ -95,7 +99,7 @@ def digest(path: Path, algorithm: str = "sha256") -> str:
 
 
 def remove_others(folder: Path, keep: set[Path]) -> None:
-    """Remove what an earlier run made and this one did not, or left half made."""
+    """Remove all files but ``keep`` and ``.gitignore``, and the folders that are then empty."""
     for path in folder.rglob("*"):
         if path.is_file() and path not in keep and path.name != ".gitignore":
             path.unlink()
@@ -113,7 +117,7 @@ def write_csv(path: Path, columns: list[str], rows: list[dict[str, float]]) -> N
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically; NaN is refused, since JSON has none."""
+    """Write ``value`` as indented JSON, atomically; NaN, which JSON lacks, is refused."""
     with atomic(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
 

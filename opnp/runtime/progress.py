@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and ETA on a terminal, plain lines otherwise."""
+"""Progress of long work: a bar with rate and ETA on a terminal, plain lines elsewhere."""
 
 import threading
 import time
@@ -34,7 +34,7 @@ class Rate(ProgressColumn):
 
 
 def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
-    """Yield ``items``, ``total`` of them, showing how far the work has come."""
+    """Yield ``items``, of which there are ``total``, and show the progress."""
     with counting(description, total) as advance:
         for item in items:
             yield item
@@ -43,7 +43,7 @@ def track(items: Iterable[T], description: str, total: int) -> Iterator[T]:
 
 @contextmanager
 def counting(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show how far work of ``total`` items has come; it tells each time how many more are done."""
+    """Yield a function that reports the number of further finished items, out of ``total``."""
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (
@@ -63,7 +63,7 @@ def counting(description: str, total: int) -> Iterator[Callable[[int], None]]:
         done += more
 
     def tell() -> None:
-        # A thread of its own, since items may come hundreds at once, and then none for a while.
+        # In its own thread: items may come hundreds at a time, and then none for a while.
         told, since, over = 0, start, False
         while not over:
             over = ended.wait(LINE_EVERY)

@@ -1,4 +1,4 @@
-"""Random numbers that depend on a seed and a name, and on nothing else."""
+"""Random numbers that depend only on a seed and a name."""
 
 import zlib
 
@@ -8,5 +8,5 @@ __all__ = ["generator"]
 
 
 def generator(seed: int, name: str) -> np.random.Generator:
-    """A generator of its own for each named thing under one seed."""
+    """A random generator for one name under a seed, independent of those for other names."""
     return np.random.default_rng([seed, zlib.crc32(name.encode())])

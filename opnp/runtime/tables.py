@@ -1,4 +1,4 @@
-"""Tables on disk: Parquet."""
+"""Tables in Parquet files."""
 
 from pathlib import Path
 

@@ -369,7 +369,7 @@ def test_a_full_disk_is_told_and_a_run_goes_on_after_room_was_made(
     message = call(features)
     assert time.monotonic() - begun < 20
     assert "No space is left for artifacts/features/" in message
-    assert "make some and run again" in message
+    assert "free some and run again" in message
     kept = {path: digest(path) for path in small_disk.rglob("*.arrow")}
     assert kept
     assert not [*small_disk.rglob("*.part")]
