@@ -1,1 +1,1 @@
-"""Metrics of OOD detection and of classification, their intervals, and ranks."""
+"""Metrics of OOD detection and of classification, with intervals and ranks."""

@@ -11,7 +11,7 @@ from opnp.metrics.separation import METRICS, check_scores
 __all__ = ["bootstrap", "bootstrap_mean_fpr95", "interval", "weighted_metrics"]
 
 
-BLOCK = 2_000_000  # weights held at once by `bootstrap`, which bounds its memory
+BLOCK = 2_000_000  # weights that `bootstrap` holds at once, to bound its memory
 
 
 def bootstrap(
@@ -21,22 +21,22 @@ def bootstrap(
     resamples: int,
     seed: int,
 ) -> dict[str, dict[str, tuple[float, float]]]:
-    """95 % percentile intervals of every metric, for each OOD set and for their means.
+    """95 % bootstrap percentile intervals of every metric, for each OOD set and their means.
 
-    ID and OOD samples are drawn anew with replacement; a draw of ID samples serves all sets, so
-    that the interval of the mean respects what the sets share. A resample is a weight for each
-    sample, and many resamples are computed at once from one sort.
+    ID and OOD samples are resampled with replacement. All sets share each resample of the ID
+    samples, so the interval of a mean accounts for what the sets have in common. A resample is
+    stored as a weight for each sample, which lets one sort serve many resamples.
 
     Args:
         id_scores: outlier scores of ID samples, shape (N,).
-        ood_scores: outlier scores of each OOD set.
-        kinds: ``near`` or ``far``, of each OOD set.
-        resamples: number of draws.
-        seed: of the draws; the same for every detector, so that their intervals compare.
+        ood_scores: outlier scores of each OOD set, shape (M,).
+        kinds: ``near`` or ``far`` for each OOD set.
+        resamples: number of resamples.
+        seed: of the resamples; detectors compared under one seed share them.
 
     Returns:
-        For each set, the mean over each kind's, and ``mean``, over all: each metric's (low, high),
-        in percent.
+        For each set, for the mean over the sets of each kind, and for the ``mean`` over all sets:
+        the interval (low, high) of each metric, in percent.
 
     Raises:
         InputError: a set is empty, or a score is NaN.
@@ -49,7 +49,7 @@ def bootstrap(
     drawn: dict[str, list[dict[str, NDArray[np.float64]]]] = {name: [] for name in ood_scores}
     largest = max(len(scores) for scores in ood_scores.values())
     block = max(1, BLOCK // (len(kept) + largest))
-    # A generator for ID and one for each set, so that blocks of any size draw the same.
+    # One generator for ID and one for each set: the draws do not depend on the size of a block.
     id_rng, *ood_rngs = np.random.default_rng(seed).spawn(1 + len(ood_scores))
     for start in range(0, resamples, block):
         count = min(block, resamples - start)
@@ -77,17 +77,17 @@ def bootstrap(
 def bootstrap_mean_fpr95(
     id_scores: Tensor, outlier_scores: Tensor, sizes: Sequence[int], resamples: int, seed: int
 ) -> NDArray[np.float64]:
-    """Mean ``fpr95`` over outlier sets in resamples of all sets, the same draws for every row.
+    """Bootstrap the mean ``fpr95`` over outlier sets; all detectors share each resample.
 
     Args:
-        id_scores: outlier scores (larger = OOD) of ID samples, a row for each detector, (C, N).
-        outlier_scores: of all outlier sets, one after another, (C, Σ sizes).
-        sizes: of each set.
-        resamples: number of draws.
-        seed: of the draws.
+        id_scores: outlier scores (larger = OOD) of ID samples, one row per detector, (C, N).
+        outlier_scores: outlier scores of all outlier sets, one set after another, (C, Σ sizes).
+        sizes: number of samples of each set.
+        resamples: number of resamples.
+        seed: of the resamples.
 
     Returns:
-        Shape (C, resamples), in percent.
+        The mean of each detector in each resample, in percent, shape (C, resamples).
     """
     inside, outside = id_scores.numpy(), outlier_scores.numpy()
     order = np.argsort(inside, axis=1)
@@ -104,12 +104,12 @@ def bootstrap_mean_fpr95(
 
 
 def resampled(n: int, resamples: int, rng: np.random.Generator) -> NDArray[np.int64]:
-    """How often each of ``n`` samples is drawn in each resample, shape (resamples, n)."""
+    """The number of times each of ``n`` samples is drawn in each resample, (resamples, n)."""
     return rng.multinomial(n, np.full(n, 1 / n), resamples)
 
 
 def interval(values: NDArray[np.float64]) -> tuple[float, float]:
-    """The middle 95 % of resampled values."""
+    """The 2.5th and the 97.5th percentile of resampled values."""
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)
 
@@ -120,18 +120,18 @@ def weighted_metrics(
     id_weights: NDArray[np.int64],
     ood_weights: NDArray[np.int64],
 ) -> dict[str, NDArray[np.float64]]:
-    """The metrics, in percent, of samples that count as often as their weights say.
+    """The metrics of weighted samples, in percent.
 
     Args:
-        id_scores: outlier scores, shape (N,).
-        ood_scores: outlier scores, shape (M,).
-        id_weights: shape (B, N).
-        ood_weights: shape (B, M).
+        id_scores: outlier scores of ID samples, shape (N,).
+        ood_scores: outlier scores of OOD samples, shape (M,).
+        id_weights: number of times that each ID sample counts in each resample, shape (B, N).
+        ood_weights: the same of the OOD samples, shape (B, M).
 
     Returns:
-        Each metric, shape (B,).
+        Each metric in each resample, shape (B,).
     """
-    # Thresholds t are the distinct scores, ascending; a sample passes as ID if its score is ≤ t.
+    # The thresholds are the distinct scores, ascending; a sample passes as ID if its score is ≤ t.
     thresholds, place = np.unique(np.concatenate([id_scores, ood_scores]), return_inverse=True)
     passed = []
     for weights, at in (
@@ -143,7 +143,7 @@ def weighted_metrics(
         starts = np.flatnonzero(np.r_[True, np.diff(at[order]) > 0])
         counts[:, at[order][starts]] = np.add.reduceat(weights[:, order], starts, axis=1)
         passed.append(np.cumsum(np.pad(counts, ((0, 0), (1, 0))), axis=1))
-    id_in, ood_in = passed  # (B, thresholds + 1): how many pass, from none to all
+    id_in, ood_in = passed  # (B, thresholds + 1): the number that pass, from none to all
     n, m = id_in[:, -1:], ood_in[:, -1:]
     id_out, ood_out = n - id_in, m - ood_in
     rows = np.arange(len(id_in))

@@ -19,7 +19,7 @@ def calibration(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
     Returns:
         ``accuracy`` in percent; ``ece``, the expected calibration error in percent, over bins of
-        equal mass (100 samples, pytorch-ood's `calibration_error` with p = 1), not of equal width;
+        100 samples each, not of equal width (pytorch-ood's `calibration_error` with p = 1);
         ``nll``, the mean negative log-likelihood in nats.
     """
     return calibration_of(*outcomes(logits, labels))
@@ -28,7 +28,16 @@ def calibration(logits: Tensor, labels: Tensor) -> dict[str, float]:
 def calibration_intervals(
     logits: Tensor, labels: Tensor, resamples: int, seed: int
 ) -> dict[str, tuple[float, float]]:
-    """95 % bootstrap intervals of what `calibration` returns; see `bootstrap`."""
+    """95 % bootstrap intervals (low, high) of the figures that `calibration` returns.
+
+    Args:
+        logits: shape (N, K).
+        labels: shape (N,).
+        resamples: number of resamples.
+        seed: of the resamples.
+
+    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, section 13.3.
+    """
     measured = outcomes(logits, labels)
     rng = np.random.default_rng(seed)
     drawn = []

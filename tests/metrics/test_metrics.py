@@ -351,8 +351,8 @@ BROKEN = pytest.mark.parametrize(
     [
         ([], [1.0], "no ID scores"),
         ([1.0], [], "no OOD scores"),
-        ([1.0, float("nan")], [1.0], "ID scores hold NaN"),
-        ([1.0], [float("nan")], "OOD scores hold NaN"),
+        ([1.0, float("nan")], [1.0], "ID scores contain NaN"),
+        ([1.0], [float("nan")], "OOD scores contain NaN"),
     ],
 )
 
