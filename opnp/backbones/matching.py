@@ -1,8 +1,10 @@
 """Weights put into a model: their names are matched with the model's, and what differs is told."""
 
+import copy
 import re
 from collections import OrderedDict
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -74,24 +76,36 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None
         InputError: names, shapes or kinds of numbers differ; at most three are named.
     """
     aligned, expected = align(state, model), model.state_dict()
-    kinds = [name for name in aligned if name in expected and kind(name, aligned, expected)]
-    # Some modules of torchvision rename tensors from before a version of theirs, which they must
-    # not be told for that; others refuse tensors of no version.
-    for versions in (getattr(expected, "_metadata", {}), {}) if not kinds else ():
-        given = OrderedDict(aligned)
-        given._metadata = versions  # type: ignore[attr-defined]
-        try:
-            missing, unexpected = model.load_state_dict(given, strict=False)
-        except (RuntimeError, ValueError):  # of other shapes, or of no version
-            continue
-        if not unexpected and all(name.endswith(COUNTER) for name in missing):
-            return
     told = differences(aligned, expected)
-    more = f", and {len(told) - TOLD} more" if len(told) > TOLD else ""
-    if not hits(list(aligned), expected.keys()):
-        one, other = next(iter(aligned)), next(iter(expected), "none")
-        told, more = [f"they are named like `{one}`, the model's like `{other}`"], ""
-    raise InputError(f"{what} do not fit the model ({'; '.join(told[:TOLD])}{more}).", "weights")
+    versions = getattr(expected, "_metadata", {})
+    if told:
+        # Some modules of torchvision rename the tensors of files older than a version of theirs.
+        versions = {}
+        whole = any(kind(name, aligned, expected) for name in aligned if name in expected)
+        if whole or not fits(copy.deepcopy(model), aligned):
+            if not hits(list(aligned), expected.keys()):
+                one, other = next(iter(aligned)), next(iter(expected), "none")
+                told = [f"they are named like `{one}`, the model's like `{other}`"]
+            more = f", and {len(told) - TOLD} more" if len(told) > TOLD else ""
+            words = "; ".join(told[:TOLD]) + more
+            raise InputError(f"{what} do not fit the model ({words}).", "weights")
+    load(model, aligned, versions)
+
+
+def load(model: nn.Module, state: Mapping[str, Tensor], versions: Mapping[str, Any]) -> list[str]:
+    """Load tensors as those of modules of some versions; the names that were not as expected."""
+    given = OrderedDict(state)
+    given._metadata = versions  # type: ignore[attr-defined]
+    missing, unexpected = model.load_state_dict(given, strict=False)
+    return [*unexpected, *(name for name in missing if not name.endswith(COUNTER))]
+
+
+def fits(model: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    """Whether tensors of no version fit a model, which is a copy and may get some of them."""
+    try:
+        return not load(model, state, {})
+    except (RuntimeError, ValueError):  # of other shapes, or a version is needed
+        return False
 
 
 def differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:

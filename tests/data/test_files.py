@@ -17,12 +17,13 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from opnp.backbones import encoding
 from opnp.backbones import shards as shards_module
 from opnp.backbones.backbone import Backbone, Classifier, build, load_backbone, save_backbone
-from opnp.backbones.checkpoints import load_weights
+from opnp.backbones.checkpoints import read_weights
+from opnp.backbones.matching import load_state
 from opnp.backbones.networks import NETWORKS
 from opnp.backbones.shards import Shard
 from opnp.data import idx as formats
@@ -544,6 +545,10 @@ def test_a_checkpoint_of_either_format_is_loaded(suffix: str, kind: str) -> None
     assert same_weights(fresh, trained)
 
 
+def load_weights(model: nn.Module, path: Path) -> None:
+    load_state(model, read_weights(path)[0], f"The weights in {path}")
+
+
 def write_checkpoint(state: Any, path: Path) -> None:
     if path.suffix == ".safetensors":
         save_file(state, path)
@@ -587,18 +592,10 @@ def test_a_checkpoint_for_another_model_is_refused_by_file_and_tensor(
     assert same_weights(model, drawn_classifier())
 
 
-def test_an_absent_scalar_is_not_said_to_be_absent_from_the_model() -> None:
-    path, state = Path("checkpoint.pt"), drawn_classifier().state_dict()
-    del state["encoder.1.num_batches_tracked"]
-    torch.save(state, path)
-    with pytest.raises(InputError, match=r"is absent there and \(\) here"):
-        load_weights(drawn_classifier(), path)
-
-
 @pytest.mark.parametrize(
     "content",
-    [[1, 2], None, torch.zeros(3), {"state_dict": {}}, {"epoch": 3}, {"head.bias": 3}],
-    ids=["list", "none", "tensor", "nested", "number", "number for a tensor"],
+    [[1, 2], None, torch.zeros(3), {"head.bias": 3}],
+    ids=["list", "none", "tensor", "number for a tensor"],
 )
 def test_a_checkpoint_that_holds_no_tensors_by_name_is_refused(content: Any) -> None:
     path = Path("checkpoint.pt")
@@ -631,7 +628,7 @@ def test_a_backbone_that_cannot_be_built_is_refused(name: str, classes: int) -> 
 
 @pytest.mark.parametrize("kind", ["convnext", "vit"])
 def test_images_too_small_for_a_backbone_are_refused(kind: str) -> None:
-    with pytest.raises(InputError, match=f"'{kind}' needs images of at least 8 pixels, not 7"):
+    with pytest.raises(InputError, match=f"'{kind}' needs images of at least 8 × 8 pixels, not 7"):
         build(kind, channels=1, classes=3, width=8, depth=1, size=7)
 
 
@@ -653,5 +650,5 @@ def test_a_checkpoint_of_another_backbone_is_refused(kind: str) -> None:
     path = Path("checkpoint.pt")
     other = {"resnet": "vit", "convnext": "resnet", "vit": "convnext"}[kind]
     write_checkpoint(drawn_classifier(kind=other).state_dict(), path)
-    with pytest.raises(InputError, match=rf"{path} is for another model"):
+    with pytest.raises(InputError, match=rf"{path} do not fit the model"):
         load_weights(drawn_classifier(kind=kind), path)
