@@ -131,4 +131,6 @@ def written(value: Any) -> str:
         return ",".join(map(written, value))
     if value is None:
         return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return f"{value:g}" if isinstance(value, float) else str(value)
