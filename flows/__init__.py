@@ -9,9 +9,11 @@ import signal
 import sys
 from typing import Any, NoReturn
 
+from opnp.cli import logs
 from opnp.runtime import malloc
 
 malloc.keep()
+logs.show()  # in the processes of workers too
 
 for name, value in {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -38,8 +40,22 @@ def end(number: int, _: Any) -> NoReturn:
     os._exit(128 + number)
 
 
-# A command (python -m flows.NAME) imports for seconds before `flows.process` takes its signals.
-if sys.argv[0] == "-m":
-    for each in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(each) is not signal.SIG_IGN:  # as SIGINT of a command in the background
+def take_signals() -> dict[int, Any]:
+    """End with one line at a signal that comes before `flows.process` takes them.
+
+    A command imports libraries for seconds until then.
+
+    Returns:
+        The handlers before.
+    """
+    handlers: dict[int, Any] = {
+        each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)
+    }
+    for each, handler in handlers.items():
+        if handler is not signal.SIG_IGN:  # as SIGINT of a command in the background
             signal.signal(each, end)
+    return handlers
+
+
+if sys.argv[0] == "-m":  # python -m flows.NAME
+    take_signals()

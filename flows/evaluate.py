@@ -25,4 +25,4 @@ def evaluate(parameters: Parameters) -> None:
 
 
 if __name__ == "__main__":
-    command(evaluate)
+    command("evaluate")

@@ -44,4 +44,4 @@ def features(parameters: Parameters) -> None:
 
 
 if __name__ == "__main__":
-    command(features)
+    command("features")

@@ -56,4 +56,4 @@ def fetch(parameters: Parameters, accept: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    command(fetch, accept="record the data even if data.dvc has recorded others")
+    command("fetch")

@@ -3,8 +3,6 @@
 Images are known by their SHA-256, and counted once for as long as they lie in the folder.
 """
 
-import argparse
-import sys
 import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,9 +12,8 @@ from prefect import flow
 from prefect.events import emit_event
 
 from flows import prefect_server, schedule
-from flows.process import program
+from flows.process import command
 from flows.retrain import trusted
-from opnp.cli.remedies import called_as
 from opnp.data import images
 from opnp.data.images import Images
 from opnp.deployment import score
@@ -32,7 +29,6 @@ __all__ = ["monitor", "watch"]
 LOCK = Path("logs/monitor.lock")  # not the runs': production is watched while one is at work
 SEEN = Path("logs/monitor.json")
 RUN = "monitor"  # the tag of the run whose metrics are the history
-BEYOND = 4  # exit code
 
 
 def new_images(folder: Path) -> tuple[Images, list[str]]:
@@ -123,18 +119,5 @@ def monitor(folder: Path) -> bool:
         return watch(folder, parameters.load())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser("python -m flows.monitor", description=__doc__)
-    parser.add_argument("folder", type=Path, help="of recent production images")
-    schedule.options(parser)
-    given = parser.parse_args()
-    if schedule.serve(parser, given, monitor):
-        return
-    with called_as(parser.prog), program(LOCK):
-        beyond = watch(given.folder, parameters.load())
-    if beyond:
-        sys.exit(BEYOND)
-
-
 if __name__ == "__main__":
-    main()
+    command("monitor")

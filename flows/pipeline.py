@@ -1,15 +1,13 @@
 """Run every stage that is not up to date, in one process and against one Prefect server, and record
 the results with DVC and MLflow."""
 
-import argparse
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 
 from flows import dvc_repo, prefect_server, transfer, workers
-from flows.process import hide_what_is_told, program, timed, timings
+from flows.process import command, hide_what_is_told, timed, timings
 from opnp import workspace
-from opnp.cli.remedies import called_as
 from opnp.errors import InputError
 from opnp.pipeline import parameters, records, stages
 from opnp.pipeline.parameters import Parameters
@@ -131,11 +129,5 @@ def summarize() -> None:
         console.print(f"{what:7} {where}", soft_wrap=True, highlight=False)
 
 
-def main() -> None:
-    argparse.ArgumentParser("python -m flows.pipeline", description=__doc__).parse_args()
-    with called_as("python -m flows.pipeline"), program():
-        pipeline()
-
-
 if __name__ == "__main__":
-    main()
+    command("pipeline")

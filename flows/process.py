@@ -5,7 +5,6 @@ Nothing here saves anything: every file is whole or absent at any moment, so tha
 ends early, or is killed, leaves what the next one goes on from.
 """
 
-import argparse
 import json
 import logging
 import os
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from datetime import datetime
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,7 +26,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from flows import prefect_server, say_interrupted, workers
-from opnp.cli.remedies import called_as, tell
+from opnp.cli.remedies import tell
 from opnp.errors import InputError, UnavailableError
 from opnp.pipeline import parameters
 from opnp.runtime.files import full_disk, write_json
@@ -38,6 +38,7 @@ __all__ = [
     "command",
     "hide_what_is_told",
     "program",
+    "run_stage",
     "timed",
     "timings",
     "unless_bad_input",
@@ -231,24 +232,32 @@ def timings() -> dict[str, float]:
         return {}
 
 
-def command(stage: Any, **flags: str) -> None:
-    """Run a stage's flow as a program: one sentence and exit code 1 if the input is at fault.
+def command(name: str) -> None:
+    """Run a command of `opnp` as ``python -m flows.NAME``, with the same options.
 
     Args:
-        stage: the flow.
-        flags: boolean parameters of the flow that are options of the program, with their help.
+        name: a stage, ``pipeline``, ``retrain`` or ``monitor``.
     """
-    summary = stage.__doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(f"python -m flows.{stage.__name__}", description=summary)
-    for flag, text in flags.items():
-        parser.add_argument(f"--{flag}", action="store_true", help=text)
-    chosen = vars(parser.parse_args())
+    from opnp.cli.app import main
+
+    words = {"pipeline": ["run"], "retrain": ["retrain"], "monitor": ["monitor"]}
+    main(words.get(name, ["stage", name]), f"python -m flows.{name}")
+
+
+def run_stage(name: str, **chosen: Any) -> None:
+    """Run a stage as the work of this process, whether or not it is up to date.
+
+    Args:
+        name: the stage.
+        chosen: more parameters of its flow.
+    """
+    flow = getattr(import_module(f"flows.{name}"), name)
     hide_what_is_told()
-    with called_as(parser.prog), program():
+    with program():
         parameters.complete()
         loaded = parameters.load()
         with prefect_server.running():
-            timed(stage.__name__, partial(workers.run, stage, loaded, **chosen))
+            timed(name, partial(workers.run, flow, loaded, **chosen))
 
 
 def hide_what_is_told() -> None:

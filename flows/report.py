@@ -24,7 +24,7 @@ def report(parameters: Parameters) -> None:
 
 
 if __name__ == "__main__":
-    command(report)
+    command("report")
     # Under `dvc repro` this is the last stage, so the run is whole; `flows.pipeline` does the same.
     if "DVC_ROOT" in os.environ:
         records.record_run(load(), timings())

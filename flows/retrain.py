@@ -3,7 +3,6 @@
 The champion's alias moves last: whatever fails before leaves it where it is.
 """
 
-import argparse
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from prefect.events import emit_event
 
 from flows import dvc_repo, pipeline, prefect_server, schedule, workers
 from flows.fetch import fetch
-from flows.process import hide_what_is_told, program, timed
+from flows.process import command, hide_what_is_told, timed
 from opnp.backbones.specs import is_factory
-from opnp.cli.remedies import called_as
 from opnp.deployment import champion
 from opnp.deployment.champion import Verdict
 from opnp.deployment.detector import load as load_detector
@@ -105,7 +103,7 @@ def tell(version: str, decision: str, verdict: Verdict) -> None:
             f"{verdict.champion_accuracy:.1f} %"
         )
     print(words, flush=True)
-    resource = {"prefect.resource.id": f"opnp.detectors.opnp.{experiment_name()}.{version}"}
+    resource = {"prefect.resource.id": f"opnp.detector.{experiment_name()}.{version}"}
     emit_event(f"opnp.retrain.{decision}", resource, payload=verdict.figures())
 
 
@@ -133,13 +131,5 @@ def retrain() -> str:
         return retrained()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser("python -m flows.retrain", description=__doc__)
-    schedule.options(parser)
-    if not schedule.serve(parser, parser.parse_args(), retrain):
-        with called_as(parser.prog), program():
-            retrained()
-
-
 if __name__ == "__main__":
-    main()
+    command("retrain")

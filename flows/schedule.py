@@ -1,6 +1,5 @@
 """Flows that run when it is time: a Prefect server says when, a process that stays runs them."""
 
-import argparse
 import asyncio
 import sys
 import threading
@@ -16,47 +15,24 @@ from opnp.cli.remedies import tell
 from opnp.errors import InputError
 from opnp.pipeline import parameters
 
-__all__ = ["due", "options", "serve"]
+__all__ = ["due", "serve"]
 
 
-def options(parser: argparse.ArgumentParser) -> None:
-    """Let a command be given ``--serve`` and when to run."""
-    parser.add_argument("--serve", action="store_true", help="stay, and run when it is time")
-    when = parser.add_mutually_exclusive_group()
-    when.add_argument("--cron", help='when, as "0 2 * * *", in UTC')
-    when.add_argument("--interval", type=float, help="seconds from one run to the next")
-
-
-def serve(parser: argparse.ArgumentParser, given: argparse.Namespace, flow: Any) -> bool:
+def serve(flow: Any, cron: str | None, interval: float | None, **chosen: str) -> None:
     """Run the flow when it is time, unless it is still at work, until a signal ends this process.
 
     Args:
-        parser: of the command, with `options`.
-        given: what it has parsed; what is not of `options` are parameters of the flow.
         flow: the flow.
-
-    Returns:
-        False at once where ``--serve`` is not given.
+        cron: when to run, as a cron line in UTC; else see ``interval``.
+        interval: seconds from one run to the next.
+        chosen: parameters of the flow.
 
     Raises:
-        SystemExit: the options do not go together, the input is at fault, or a signal came.
+        SystemExit: the input is at fault, or a signal came.
     """
-    chosen = vars(given).copy()
-    asked, cron, interval = (chosen.pop(each) for each in ("serve", "cron", "interval"))
-    if not asked:
-        if cron is not None or interval is not None:
-            parser.error("--cron and --interval are of --serve")
-        return False
-    if cron is None and interval is None:
-        parser.error("--serve needs --cron or --interval")
-    if interval is not None and not 0 < interval < float("inf"):
-        parser.error("--interval is a number of seconds above 0")
-    if not prefect_server.named():
-        parser.error("--serve needs a Prefect server: name it in PREFECT_API_URL")
-    with program(lock=None), prefect_server.running():  # the workspace is each run's
+    with program(lock=None), prefect_server.running():  # each run holds the workspace itself
         parameters.load()
-        run(flow, cron, interval, {name: str(value) for name, value in chosen.items()})
-    return True
+        run(flow, cron, interval, chosen)
 
 
 @contextmanager
@@ -109,7 +85,7 @@ def run(flow: Any, cron: str | None, interval: float | None, chosen: dict[str, s
         )
     except ValueError:
         raise InputError(
-            f'--cron is no schedule: {cron!r}; "0 2 * * *" is every night at two.'
+            f'--cron is not a schedule: {cron!r}; "0 2 * * *" is every night at two.'
         ) from None
     with get_client(sync_client=True) as client, suppress(ObjectNotFound):
         before = client.read_deployment_by_name(f"{flow.name}/{flow.name}")

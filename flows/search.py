@@ -25,4 +25,4 @@ def search(parameters: Parameters) -> None:
 
 
 if __name__ == "__main__":
-    command(search)
+    command("search")

@@ -48,4 +48,4 @@ def sensitivity(parameters: Parameters) -> None:
 
 
 if __name__ == "__main__":
-    command(sensitivity)
+    command("sensitivity")

@@ -25,4 +25,4 @@ def train(parameters: Parameters) -> None:
 
 
 if __name__ == "__main__":
-    command(train)
+    command("train")

@@ -1,5 +1,6 @@
 """One real Prefect server for the whole session, and one real run of the default pipeline."""
 
+import logging
 import os
 import shutil
 import signal
@@ -103,6 +104,15 @@ def run_program(
     )
 
 
+@pytest.fixture(autouse=True)
+def log() -> None:
+    """Undo what a program in an earlier test has done to the library's logger."""
+    logger = logging.getLogger("opnp")
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
+
+
 @pytest.fixture(scope="session")
 def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that the processes of one test run share."""
@@ -165,9 +175,9 @@ def call(prefect_api: str, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], s
     from flows.process import command
 
     def run(flow: Any) -> str:
-        monkeypatch.setattr(sys, "argv", [flow.__name__])
+        monkeypatch.setattr(sys, "argv", ["command"])
         with pytest.raises(SystemExit) as stop:
-            command(flow)
+            command(flow.__name__)
         assert isinstance(stop.value.code, str)  # which makes the exit code 1
         assert stop.value.code.startswith("error: ")
         return stop.value.code

@@ -1,16 +1,62 @@
-"""The detectors of all runs in MLflow, side by side."""
+"""`opnp compare`: the detectors of all runs in MLflow, side by side."""
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from opnp.errors import InputError
+import typer
+
+from opnp.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from opnp.tracking.history import DetectorRun
+
+
+def compare(
+    metric: Annotated[
+        str,
+        typer.Option(
+            help="Metric to show: fpr95, fpr95_ood_positive, auroc, aupr_in, aupr_out or rank."
+        ),
+    ] = "fpr95",
+    on: Annotated[
+        str, typer.Option(help="OOD set to show, or the mean over all, near or far sets.")
+    ] = "mean",
+    experiment: Annotated[
+        str | None,
+        typer.Option(help="MLflow experiment.", show_default="the pipeline's experiment"),
+    ] = None,
+    detectors: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,…", help="Detectors to show.", show_default="all"),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="ID data to show.", show_default="all")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a GitHub table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Compare the detectors over backbones and data, from the runs in MLflow.
+
+    The latest run counts for each backbone, data and seed. Seeds are averaged.
+
+    \b
+    Example:
+      opnp compare --metric auroc --on near
+    """
+    if markdown and as_json:
+        raise InputError("--markdown and --json exclude each other: choose one.")
+    from opnp.tracking import history, mlflow_client
+
+    runs = history.detector_runs(experiment or mlflow_client.experiment_name())
+    table = tabulate(runs, metric, on, detectors.split(",") if detectors else None, data)
+    if as_json:
+        print(json.dumps(as_values(table), indent=2))
+    elif markdown:
+        print(as_markdown(table))
+    else:
+        show_table(table)
 
 
 @dataclass(frozen=True)
@@ -127,8 +173,7 @@ def tabulate(
 
 def require(what: str, name: str, known: set[str]) -> None:
     if name not in known:
-        near = get_close_matches(name, known, 3, cutoff=0.5) or sorted(known)
-        raise InputError(f"No run has the {what} {name!r}; did you mean {', '.join(near)}?")
+        raise InputError(f"No run has the {what} {name!r}; {did_you_mean(name, known)}")
 
 
 def short(data: str) -> str:

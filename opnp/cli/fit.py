@@ -52,8 +52,10 @@ def fit(
     model's, its images are labelled; else agreement with the unpruned model stands in for accuracy.
     A fit that was stopped goes on where it was.
 
-    Example: opnp fit --model torchvision:resnet50 --weights resnet50.pth --id-train train
-    --id-val val --out detector
+    \b
+    Example:
+      opnp fit --model torchvision:resnet50 --weights resnet50.pth \\
+        --id-train train --id-val val --out detector
     """
     from opnp.backbones.backbone import from_spec
     from opnp.data import images

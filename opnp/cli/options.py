@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from functools import wraps
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -13,9 +14,22 @@ from pydantic.fields import FieldInfo
 from opnp.errors import InputError
 from opnp.runtime.settings import Settings, sentences
 
-__all__ = ["AsJson", "Device", "option", "takes"]
+__all__ = ["AsJson", "BatchSize", "Detector", "Device", "Trust", "option", "takes"]
 
-Device = Annotated[str | None, typer.Option(help="cpu or cuda; else the GPU if there is one.")]
+Detector = Annotated[Path, typer.Option(help="Folder of a detector made by `opnp fit`.")]
+Trust = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODULE:FACTORY", help="Allow the detector to run this code, which makes its model."
+    ),
+]
+Device = Annotated[
+    str | None,
+    typer.Option(help="cpu or cuda.", show_default="the GPU if there is one, otherwise the CPU"),
+]
+BatchSize = Annotated[
+    int, typer.Option(help="How many images go through the model at once.", min=1)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 S = TypeVar("S", bound=Settings)
