@@ -10,13 +10,13 @@ BIN := .venv/bin
 .PHONY: setup run test repro lint docs
 
 run: setup
-	@$(BIN)/python -m flows.pipeline
+	@$(BIN)/opnp run
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 repro: setup
-	@test -d data || $(BIN)/python -m flows.fetch
+	@test -d data || $(BIN)/opnp stage fetch
 	PATH="$(CURDIR)/$(BIN):$$PATH" dvc repro
 
 lint: setup

@@ -5,6 +5,7 @@ extra, and are imported only when a command runs.
 """
 
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -165,6 +166,7 @@ def pipeline_of(command: str) -> Iterator[None]:
         raise InputError(f"`opnp {command}` needs the pipeline: pip install 'opnp[pipeline]'.")
     import flows
 
+    sys.path.append("")  # as for `python -m`: train.backbone may name a module of this folder
     before = flows.take_signals()
     try:
         yield
