@@ -120,14 +120,14 @@ def test_the_exit_codes_it_names(
     ("words", "said"),
     [
         (("score", "--detector", "absent", "six", "--out", "s.parquet"), "neither a file nor"),
-        (("score", "--detector", ".", ".", "--out", "s.csv"), "s.csv is no .parquet file"),
+        (("score", "--detector", ".", ".", "--out", "s.csv"), "s.csv is not a .parquet file"),
         (("show", "."), "is not a detector"),
         (("show", "DETECTOR"), "wants to run the code of network:Network"),
         (("show", "DETECTOR", "--trust", "os:system"), "wants to run the code of network:Network"),
-        (("evaluate", "--detector", ".", "--id", ".", "--ood", "x"), "Every --ood is NAME=PATH"),
+        (("evaluate", "--detector", ".", "--id", ".", "--ood", "x"), "--ood takes NAME=PATH"),
         (
             ("evaluate", "--detector", ".", "--id", ".", "--ood", "x=a", "--ood", "x=b"),
-            "every NAME another",
+            "with another NAME each time",
         ),
         (("fit", "--out", "new"), "Give --model, --id-train and --id-val, or --from-run"),
         (("fit", "--out", "new", "--from-run", "--model", "resnet"), "--from-run takes no model"),

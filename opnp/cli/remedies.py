@@ -27,6 +27,7 @@ FIT = {
     **OTHERS,
     "backbone": "correct --model",
     "classes": "correct --classes",
+    "proxies": "remove it from --proxies",
     "preprocessing": "state it with --preprocessing",
     "weights": "correct --weights",
 }
@@ -36,6 +37,7 @@ PIPELINE = {
     "batch_size": "lower features.batch_size in params.yaml",
     "classes": "correct data.id in params.yaml",
     "data": "correct the section data of params.yaml",
+    "proxies": "remove it from search.proxies in params.yaml",
     "preprocessing": "state it with train.preprocessing in params.yaml",
     "storage": "delete it from the storage and run again",
     "trust": "name it in train.backbone if you trust it",

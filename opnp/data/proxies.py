@@ -2,27 +2,25 @@
 
 They stand in for the OOD data that a mask search must not see. Each family destroys something else
 (global shape, texture, phase, contrast, pose, scale), and the search averages over several: one
-family alone is a poor guide. The `NATURAL` families have the statistics of natural images or of
-drawings and follow real OOD data most closely; noise and jigsaws are easy for some masks in ways
-that tell nothing about real images.
+family alone is a poor guide. Those in `opnp.data.families.NATURAL` have the statistics of natural
+images or of drawings and follow real OOD data most closely; noise and jigsaws are easy for some
+masks in ways that tell nothing about real images.
 
 An image depends only on the seed, its family and its index, never on how the work is divided.
 Images are float32 in [0, 1], shape (C, H, W), in the backbone's input space before normalization.
 """
 
 from collections.abc import Callable
-from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator
 from scipy.ndimage import gaussian_filter
 
-from opnp.errors import InputError, did_you_mean
+from opnp.data.families import DEFAULT, check
+from opnp.errors import InputError
 from opnp.runtime.seeds import generator
-from opnp.runtime.settings import Several
 
-__all__ = ["DEFAULT", "FAMILIES", "NATURAL", "Families", "make"]
+__all__ = ["DEFAULT", "FAMILIES", "make"]
 
 Image = NDArray[np.float32]
 Rng = np.random.Generator
@@ -36,7 +34,8 @@ def jigsaw(grid: int) -> Callable[[Image, Image, Rng], Image]:
         if side == 0:
             raise InputError(
                 f"Proxy jigsaw-{grid} needs images of at least {grid} pixels, these have "
-                f"{image.shape[1]}: remove it from search.proxies."
+                f"{image.shape[1]}.",
+                "proxies",
             )
         span, channels = side * grid, len(image)
         patches = image[:, :span, :span].reshape(channels, grid, side, grid, side)
@@ -201,27 +200,6 @@ FAMILIES: dict[str, Callable[[Image, Image, Rng], Image]] = {
 }
 """Every family by name; each maps (image, another image, generator) to a proxy outlier."""
 
-NATURAL = ("phase", "blobs", "zoom", "blur", "strokes", "rotation", "inversion")
-"""The families that keep the statistics of natural images."""
-
-DEFAULT = (
-    *("jigsaw-2", "jigsaw-4", "jigsaw-7", "permutation", "phase", "mixup", "inversion"),
-    *("rotation", "uniform", "gaussian", "rademacher", "blobs"),
-)
-"""The families that masks are chosen by unless others are named."""
-
-
-def known(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Refuse a name that no family has: a misspelt one must not cost a training first."""
-    for name in names:
-        if name not in FAMILIES:
-            raise InputError(f"There is no proxy {name!r}; {did_you_mean(name, FAMILIES)}")
-    return names
-
-
-Families = Annotated[Several[str], AfterValidator(known)]
-"""Names of families, as settings hold them."""
-
 
 def make(family: str, images: Image, rows: range, seed: int) -> Image:
     """The proxy outliers of one family for some rows of the validation images.
@@ -238,10 +216,7 @@ def make(family: str, images: Image, rows: range, seed: int) -> Image:
     Raises:
         InputError: there is no such family, or it needs larger images.
     """
-    if family not in FAMILIES:
-        raise InputError(
-            f"There is no proxy {family!r}: choose from {', '.join(FAMILIES)} in search.proxies."
-        )
+    check((family,))
     made = []
     for row in rows:
         rng = generator(seed, f"{family}/{row}")

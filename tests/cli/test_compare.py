@@ -174,14 +174,3 @@ def test_the_program_starts_as_a_module(runs: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "**25.0**" in done.stdout
     assert "migration" not in done.stderr
-
-
-def test_help_needs_no_heavy_library(tmp_path: Path) -> None:
-    code = (
-        "import sys; from opnp.cli.app import app;"
-        "app(['compare', '--help'], standalone_mode=False);"
-        "assert not {'mlflow', 'torch', 'pyarrow', 'numpy', 'prefect'} & set(sys.modules)"
-    )
-    done = run_program("python", "-c", code, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "--metric" in done.stdout
