@@ -197,6 +197,7 @@ def test_a_model_loads_with_its_own_code(
     assert file == str(model / "code" / "opnp" / "__init__.py")
 
 
+@pytest.mark.slow
 def test_mlflow_serves_it(registered: Path) -> None:
     port, files = free_port(), sorted((registered / "images" / "others").iterdir())[:2]
     command = f"mlflow models serve -m models:/opnp@champion --env-manager local -p {port}"
