@@ -1,7 +1,7 @@
 """Scoring images with a detector: a table of scores, and metrics over sets of images."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -168,7 +168,7 @@ def evaluate(
     shared = ("flagged", *METRICS)
     return {
         "detector": detector.digest,
-        "threshold": asdict(detector.threshold),
+        "threshold": detector.threshold.model_dump(),
         "id": {
             **of_set(inside, known),
             "flagged": 100 * float(flagged(known.scores).mean()),
