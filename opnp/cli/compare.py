@@ -2,36 +2,53 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from opnp.errors import InputError
+from opnp.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from opnp.tracking.history import DetectorRun
 
 
+UNPRUNED = "="  # marks a detector that might have pruned but did not
+
+
 @dataclass(frozen=True)
 class Row:
-    """The detectors on one backbone and ID data set: each one's value for each seed that has it."""
+    """The detectors on one backbone and ID data set.
+
+    Attributes:
+        backbone: spec of the backbone.
+        data: source of the ID data.
+        seeds: of the runs.
+        values: of each detector, for each seed that has it.
+        pruned: percent of the head's weights that each detector prunes, for each of these seeds;
+            None if it is not one that prunes.
+    """
 
     backbone: str
     data: str
     seeds: list[int]
     values: dict[str, list[float]]
+    pruned: dict[str, list[float | None]]
+
+    def unpruned(self, detector: str) -> bool:
+        """Whether a detector might have pruned but did not, for any seed."""
+        return set(self.pruned.get(detector, ())) == {0}
 
     def mean(self, detector: str) -> float | None:
         values = self.values.get(detector)
         return fmean(values) if values else None
 
     def text(self, detector: str) -> str:
-        """The mean; of how many seeds, where some lack it."""
+        """The mean, marked if nothing was pruned, and of how many seeds if some lack it."""
         mean, count = self.mean(detector), len(self.values.get(detector, ()))
         if mean is None:
             return "–"
-        return f"{mean:.1f}" + f" ({count} of {len(self.seeds)})" * (count < len(self.seeds))
+        mark = UNPRUNED * self.unpruned(detector)
+        return f"{mean:.1f}{mark}" + f" ({count} of {len(self.seeds)})" * (count < len(self.seeds))
 
 
 @dataclass(frozen=True)
@@ -50,6 +67,12 @@ class Table:
             known = [value for row in self.rows if (value := row.mean(name)) is not None]
             found[name] = fmean(known) if len(known) == len(self.rows) else None
         return found
+
+    @property
+    def note(self) -> str:
+        """What the mark in the table means; empty if no cell is marked."""
+        marked = any(row.unpruned(name) for row in self.rows for name in self.detectors)
+        return f"{UNPRUNED} nothing pruned: the detector scores the unpruned model" * marked
 
     @property
     def title(self) -> str:
@@ -107,14 +130,15 @@ def tabulate(
         latest.setdefault((run.backbone, run.data, run.seed), run.run)
     rows: dict[tuple[str, str], Row] = {}
     for backbone, of, seed in sorted(latest):
-        row = rows.setdefault((backbone, of), Row(backbone, of, [], {}))
+        row = rows.setdefault((backbone, of), Row(backbone, of, [], {}, {}))
         row.seeds.append(seed)
     key = f"{on}/{metric}"
     for run in runs:
         newest = latest[run.backbone, run.data, run.seed] == run.run
         if newest and key in run.metrics and run.detector in (detectors or [run.detector]):
-            values = rows[run.backbone, run.data].values
-            values.setdefault(run.detector, []).append(run.metrics[key])
+            row = rows[run.backbone, run.data]
+            row.values.setdefault(run.detector, []).append(run.metrics[key])
+            row.pruned.setdefault(run.detector, []).append(run.metrics.get("pruned"))
     filled = [row for row in rows.values() if row.values]
     if not filled:
         raise InputError(f"No run has {metric} on {on} of these detectors: leave one choice out.")
@@ -127,8 +151,7 @@ def tabulate(
 
 def require(what: str, name: str, known: set[str]) -> None:
     if name not in known:
-        near = get_close_matches(name, known, 3, cutoff=0.5) or sorted(known)
-        raise InputError(f"No run has the {what} {name!r}; did you mean {', '.join(near)}?")
+        raise InputError(f"No run has the {what} {name!r}; {did_you_mean(name, known)}")
 
 
 def short(data: str) -> str:
@@ -162,7 +185,8 @@ def as_markdown(table: Table) -> str:
     for heads, cells, best in table.lines():
         pairs = zip(cells, best, strict=True)
         rows.append(line([*heads, *(f"**{cell}**" if first else cell for cell, first in pairs)]))
-    return "\n".join([f"{table.title}.", "", *rows])
+    note = ["", f"{table.note}."] if table.note else []
+    return "\n".join([f"{table.title}.", "", *rows, *note])
 
 
 def show_table(table: Table) -> None:
@@ -203,3 +227,5 @@ def show_table(table: Table) -> None:
             part.add_row(*names, *(Text(cell, "bold" if first else "") for cell, first in pairs))
         console.print(part)
         start = stop
+    if table.note:
+        print(table.note)

@@ -39,8 +39,11 @@ def chosen(backbone: str = "resnet", data: str = "digits", seed: int = 0) -> Par
     )
 
 
-def write_run(fpr95: dict[str, float], kinds: dict[str, str] = KINDS) -> None:
-    """The files of a run in the current folder, in which the detectors have these mean FPR95s."""
+def write_run(fpr95: dict[str, float], kinds: dict[str, str] = KINDS, pruned: float = 12.5) -> None:
+    """The files of a run in the current folder, in which the detectors have these mean FPR95s.
+
+    Those whose name begins with ``opnp`` prune as many percent of the weights as is said.
+    """
     for path in records.FILES:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(path.name)
@@ -61,6 +64,7 @@ def write_run(fpr95: dict[str, float], kinds: dict[str, str] = KINDS) -> None:
         {
             "hyperparameters": {name: {"gamma": 0.1} for name in detectors},
             "trials": dict.fromkeys(detectors, 4),
+            "pruned": {name: pruned for name in detectors if name.startswith("opnp")},
             "ranks": ranking.ranks(detectors, list(kinds)),
             "unavailable": {"odin": "It needs gradients of the input."},
         },
