@@ -137,7 +137,8 @@ def test_a_run_and_each_of_its_detectors(here: Path) -> None:
         "far-b/fpr95": 21, "far-b/auroc": 80, "far-b/rank": 1,
         "near/fpr95": 19, "near/auroc": 80, "far/fpr95": 21, "far/auroc": 80,
         "mean/fpr95": 20, "mean/auroc": 80, "mean/rank": 1,
-        "trials": 4, "seconds/tune": 1.5, "seconds/fit": 0.5, "milliseconds_per_1000/score": 2.5,
+        "trials": 4, "pruned": 12.5, "seconds/tune": 1.5, "seconds/fit": 0.5,
+        "milliseconds_per_1000/score": 2.5,
     }  # fmt: skip
 
 
