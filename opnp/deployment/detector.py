@@ -2,7 +2,7 @@
 
 Scores are outlier scores, the energy −T·logsumexp(f/T) of the pruned head: **larger means OOD**. An
 image is OOD if its score is above the threshold, which accepts a chosen share of ID validation
-images. The head is as large as the unpruned one, so that scoring costs no more than classifying.
+images. The pruned head is as large as the unpruned one, so scoring costs no more than classifying.
 """
 
 import json
@@ -51,17 +51,17 @@ LIBRARIES = ("opnp", "torch", "torchvision", "numpy", "pillow")
 
 @dataclass(frozen=True, eq=False)
 class SavedDetector:
-    """A classifier that knows what it does not know; `opnp.load` reads one from its folder.
+    """A classifier that tells which images are OOD; `opnp.load` reads one from its folder.
 
     Attributes:
         backbone: the classifier, unpruned, with its preprocessing and its classes.
-        mask: of its head.
+        mask: the mask of its head.
         candidate: the percentages that made the mask, the clip and the temperature.
-        sensitivity: at that clip and temperature, of the unpruned head.
-        threshold: above which an image is OOD.
-        made: how it was made: data, search, versions, time.
-        digest: SHA-256 of what the folder says of itself, the digests of its files included, but
-            not when it was made, so that the same is the same; empty until it is saved.
+        sensitivity: sensitivity of the unpruned head at that clip and temperature.
+        threshold: the score above which an image is OOD.
+        made: how the detector was made: data, search, versions, time.
+        digest: SHA-256 of the folder's description and, through it, of its files; it ignores the
+            time of making, so equal detectors have equal digests. Empty before `save`.
     """
 
     backbone: Backbone
@@ -89,7 +89,20 @@ class SavedDetector:
         made: dict[str, Any],
         accept: float = 95.0,
     ) -> Self:
-        """A detector whose threshold accepts ``accept`` % of ID validation features (N, L)."""
+        """A detector with a threshold set on ID validation features.
+
+        Args:
+            backbone: the classifier.
+            mask: the mask of its head.
+            candidate: what made the mask.
+            sensitivity: what the mask was chosen by.
+            features: penultimate features of ID validation images, not clipped, shape (N, L).
+            made: how the detector was made.
+            accept: percent of the validation images that the threshold accepts.
+
+        Raises:
+            InputError: the head or a score is not finite, or the names of classes do not fit.
+        """
         scorer = scorer_of(backbone, mask, candidate)
         _, scores = scorer.judged(features.to(scorer.head.weight.device))
         threshold = Threshold.of(scores, accept)
@@ -100,23 +113,26 @@ class SavedDetector:
         return self.scorer.head.weight.device
 
     def to(self, device: torch.device | str) -> Self:
-        """Move the model to a device."""
+        """Move the detector's models to a device, and return the detector."""
         self.backbone.classifier.to(device)
         self.scorer.to(device)
         return self
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Scores:
-        """Score preprocessed images, in [0, 1] and not normalized yet, float32 (N, C, H, W).
+        """Score preprocessed images.
+
+        Args:
+            images: in [0, 1], not normalized yet, float32 (N, C, H, W).
 
         Raises:
-            InputError: shape, type or range of values are not what the model's preprocessing gives.
+            InputError: the shape, the dtype or the range of values is wrong.
         """
         self.check_images(images)
         return self.scores_of(*self.scorer(images.to(self.device)))
 
     def check_images(self, images: Tensor) -> None:
-        """Refuse images that were not preprocessed as this model's must be."""
+        """Refuse images that were not preprocessed as the model needs."""
         stated = self.backbone.preprocessing
         wanted = (stated.channels, stated.size, stated.size)
         if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
@@ -128,8 +144,8 @@ class SavedDetector:
             images.numel() and not (images.min() >= 0 and images.max() <= 1)
         ):
             raise InputError(
-                "The detector takes float images in [0, 1], before normalization, which it does "
-                "itself: divide bytes by 255, and do not normalize."
+                "The detector takes float images in [0, 1], before normalization: divide bytes by "
+                "255, and leave the normalization to the detector."
             )
 
     @torch.no_grad()
@@ -165,7 +181,7 @@ class SavedDetector:
         return together(parts)
 
     def describe(self) -> dict[str, Any]:
-        """What it is and how it was made, as JSON has it."""
+        """What the detector is and how it was made, in values that JSON can hold."""
         weight = self.scorer.head.weight
         return {
             "digest": self.digest,
@@ -186,14 +202,14 @@ class SavedDetector:
         }
 
     def save(self, folder: Path | str, overwrite: bool = False) -> Self:
-        """Write the folder, whole or not at all, and return the detector with its digest.
+        """Write the detector's folder atomically, and return the detector with its digest.
 
         Args:
-            folder: where.
-            overwrite: replace the detector that is there.
+            folder: the folder to write.
+            overwrite: whether to replace a detector that is there.
 
         Raises:
-            InputError: something is there already, or the disk is full.
+            InputError: the folder is taken, or the disk is full.
         """
         folder = Path(folder)
         check_place(folder, overwrite)
@@ -213,7 +229,7 @@ def scorer_of(backbone: Backbone, mask: PruningMask, candidate: Candidate) -> Sc
     """The module that scores with a pruned head.
 
     Raises:
-        InputError: the head is not finite, or its classes are not as many as their names.
+        InputError: the head is not finite, or the names of classes do not fit.
     """
     classifier = backbone.classifier
     head = mask.apply(classifier.head)
@@ -230,7 +246,7 @@ def scorer_of(backbone: Backbone, mask: PruningMask, candidate: Candidate) -> Sc
 
 
 def provenance() -> dict[str, Any]:
-    """When and with what something was made."""
+    """The time, and the versions of the libraries that matter to a detector."""
     return {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()}
@@ -241,18 +257,19 @@ def provenance() -> dict[str, Any]:
 def load(
     folder: Path | str, device: torch.device | str = "cpu", trust: str | None = None
 ) -> SavedDetector:
-    """Read the detector that a folder holds, after a look at whether it is whole.
+    """Load a detector from its folder, once the folder is known to be undamaged.
 
-    A folder never chooses the code that runs: if its model is a factory of the user's, that must be
-    the one its reader names.
+    A folder never chooses the code that runs: if its model is made by a function of the user's, the
+    caller must name that function.
 
     Args:
-        folder: made by `opnp fit`, or by `SavedDetector.save`.
-        device: where it is to run.
+        folder: a folder that `SavedDetector.save` wrote.
+        device: the device to run on.
         trust: the ``package.module:factory`` that may be imported and called.
 
     Raises:
-        InputError: the folder is missing, damaged or foreign, or its model's code is not trusted.
+        InputError: the folder is missing, damaged or not a detector, or its model's code is not
+            trusted.
     """
     folder = Path(folder)
     about, stated = read_description(folder)
