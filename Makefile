@@ -1,5 +1,7 @@
 # make run     set up, then run the pipeline of params.yaml (the scanned digits, unless changed)
-# make test    set up, then run the tests
+# make test    set up, then run the tests: a few minutes on two cores
+# make test-slow
+#              set up, then run the tests that run whole pipelines or kill processes: as long again
 # make repro   set up, then bring everything up to date with `dvc repro`
 # make lint    set up, then check style and types
 # make docs    set up, then write docs/cli.md and build the documentation in site/
@@ -7,13 +9,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup run test repro lint docs
+.PHONY: setup run test test-slow repro lint docs
 
 run: setup
 	@$(BIN)/opnp run
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile
 
 repro: setup
 	@test -d data || $(BIN)/opnp stage fetch

@@ -131,7 +131,7 @@ def test_the_exit_codes_it_names(
         ),
         (("fit", "--out", "new"), "Give --model, --id-train and --id-val, or --from-run"),
         (("fit", "--out", "new", "--from-run", "--model", "resnet"), "--from-run takes no model"),
-        (("fit", "--out", "DETECTOR", "--from-run"), "holds a detector already"),
+        (("fit", "--out", "DETECTOR", "--from-run"), "already holds a detector"),
         (("fit", "--out", ".", "--from-run"), "is not a detector"),
         (("fit", "--out", "new", "--from-run"), "params.yaml"),
         (

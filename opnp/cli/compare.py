@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from opnp.tracking.history import DetectorRun
 
 
+UNPRUNED = "="  # marks a detector that might have pruned but did not
+
+
 def compare(
     metric: Annotated[
         str,
@@ -61,23 +64,38 @@ def compare(
 
 @dataclass(frozen=True)
 class Row:
-    """The detectors on one backbone and ID data set: each one's value for each seed that has it."""
+    """The detectors on one backbone and ID data set.
+
+    Attributes:
+        backbone: spec of the backbone.
+        data: source of the ID data.
+        seeds: of the runs.
+        values: of each detector, for each seed that has it.
+        pruned: percent of the head's weights that each detector prunes, for each of these seeds;
+            None if it is not one that prunes.
+    """
 
     backbone: str
     data: str
     seeds: list[int]
     values: dict[str, list[float]]
+    pruned: dict[str, list[float | None]]
+
+    def unpruned(self, detector: str) -> bool:
+        """Whether a detector might have pruned but did not, for any seed."""
+        return set(self.pruned.get(detector, ())) == {0}
 
     def mean(self, detector: str) -> float | None:
         values = self.values.get(detector)
         return fmean(values) if values else None
 
     def text(self, detector: str) -> str:
-        """The mean; of how many seeds, where some lack it."""
+        """The mean, marked if nothing was pruned, and of how many seeds if some lack it."""
         mean, count = self.mean(detector), len(self.values.get(detector, ()))
         if mean is None:
             return "–"
-        return f"{mean:.1f}" + f" ({count} of {len(self.seeds)})" * (count < len(self.seeds))
+        mark = UNPRUNED * self.unpruned(detector)
+        return f"{mean:.1f}{mark}" + f" ({count} of {len(self.seeds)})" * (count < len(self.seeds))
 
 
 @dataclass(frozen=True)
@@ -96,6 +114,12 @@ class Table:
             known = [value for row in self.rows if (value := row.mean(name)) is not None]
             found[name] = fmean(known) if len(known) == len(self.rows) else None
         return found
+
+    @property
+    def note(self) -> str:
+        """What the mark in the table means; empty if no cell is marked."""
+        marked = any(row.unpruned(name) for row in self.rows for name in self.detectors)
+        return f"{UNPRUNED} nothing pruned: the detector scores the unpruned model" * marked
 
     @property
     def title(self) -> str:
@@ -153,14 +177,15 @@ def tabulate(
         latest.setdefault((run.backbone, run.data, run.seed), run.run)
     rows: dict[tuple[str, str], Row] = {}
     for backbone, of, seed in sorted(latest):
-        row = rows.setdefault((backbone, of), Row(backbone, of, [], {}))
+        row = rows.setdefault((backbone, of), Row(backbone, of, [], {}, {}))
         row.seeds.append(seed)
     key = f"{on}/{metric}"
     for run in runs:
         newest = latest[run.backbone, run.data, run.seed] == run.run
         if newest and key in run.metrics and run.detector in (detectors or [run.detector]):
-            values = rows[run.backbone, run.data].values
-            values.setdefault(run.detector, []).append(run.metrics[key])
+            row = rows[run.backbone, run.data]
+            row.values.setdefault(run.detector, []).append(run.metrics[key])
+            row.pruned.setdefault(run.detector, []).append(run.metrics.get("pruned"))
     filled = [row for row in rows.values() if row.values]
     if not filled:
         raise InputError(f"No run has {metric} on {on} of these detectors: leave one choice out.")
@@ -207,7 +232,8 @@ def as_markdown(table: Table) -> str:
     for heads, cells, best in table.lines():
         pairs = zip(cells, best, strict=True)
         rows.append(line([*heads, *(f"**{cell}**" if first else cell for cell, first in pairs)]))
-    return "\n".join([f"{table.title}.", "", *rows])
+    note = ["", f"{table.note}."] if table.note else []
+    return "\n".join([f"{table.title}.", "", *rows, *note])
 
 
 def show_table(table: Table) -> None:
@@ -248,3 +274,5 @@ def show_table(table: Table) -> None:
             part.add_row(*names, *(Text(cell, "bold" if first else "") for cell, first in pairs))
         console.print(part)
         start = stop
+    if table.note:
+        print(table.note)

@@ -61,7 +61,7 @@ def fit(
     from opnp.data import images
     from opnp.data.preprocessing import Preprocessing
     from opnp.deployment import fit as fitting
-    from opnp.deployment.detector import check_place
+    from opnp.deployment.folder import check_place
 
     check_place(out, overwrite)
     if from_run:

@@ -21,6 +21,7 @@ OTHERS = {
     "detector": "copy the detector again, or make it again with `opnp fit`",
     "device": "choose another --device",
     "fit": "make one with `opnp fit`",
+    "ood": "give --ood NAME=PATH",
     "trust": "name it with --trust if you trust it",
 }
 FIT = {

@@ -106,6 +106,12 @@ class Preprocessing:
             if not sound:
                 value = getattr(self, name)
                 raise InputError(f"The preprocessing's {name} must be {wanted}, not {value!r}.")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if max(map(abs, values)) > 1:
+                raise InputError(
+                    f"The preprocessing's {name}, {values}, must be that of pixels in [0, 1]: "
+                    "divide it by 255 if it is that of pixels from 0 to 255."
+                )
 
     @classmethod
     def measured(

@@ -1,1 +1,1 @@
-"""A detector as a folder: fitted, saved, applied to images, exported and served."""
+"""Detectors that are fitted, saved as folders, applied to images, exported and served."""

@@ -1,28 +1,17 @@
-"""Detectors as folders: a classifier, its pruned head, and the score above which an image is OOD.
-
-A folder holds all that scoring needs, and nothing that could run code: tensors as safetensors,
-everything else as JSON, with the SHA-256 of each file.
-
-    detector.json             what it is and how it was made
-    model.safetensors         the whole classifier's weights, unpruned
-    head.safetensors          the pruned head: the mask is folded into its weights
-    mask.safetensors          which weights and neurons stay
-    sensitivity.safetensors   what the mask was chosen by
+"""Fitted detectors: a classifier, its pruned head, and the score above which an image is OOD.
 
 Scores are outlier scores, the energy −T·logsumexp(f/T) of the pruned head: **larger means OOD**. An
 image is OOD if its score is above the threshold, which accepts a chosen share of ID validation
-images. The head is as large as the unpruned one, so that scoring costs no more than classifying.
+images. The pruned head is as large as the unpruned one, so scoring costs no more than classifying.
 """
 
-import hashlib
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import islice
-from math import inf
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,6 +23,16 @@ from torch import Tensor
 from opnp.backbones.backbone import Backbone, load_backbone, save_backbone
 from opnp.backbones.specs import trusts
 from opnp.data.imagesets import unit
+from opnp.deployment.folder import (
+    ABOUT,
+    HEAD,
+    MASK,
+    MODEL,
+    SENSITIVITY,
+    check_place,
+    read_description,
+    write_description,
+)
 from opnp.deployment.scorer import Scorer, Scores, opened, together
 from opnp.deployment.threshold import Threshold
 from opnp.errors import InputError
@@ -42,34 +41,27 @@ from opnp.pruning.energy import check_head
 from opnp.pruning.masks import PruningMask
 from opnp.pruning.sensitivity import Sensitivity
 from opnp.runtime import tensors
-from opnp.runtime.files import atomic_folder, digest, read_json, write_json
+from opnp.runtime.files import atomic_folder
 
-__all__ = ["SavedDetector", "check_place", "load"]
+__all__ = ["SavedDetector", "load", "provenance"]
 
-
-ABOUT = "detector.json"
-MODEL, HEAD, MASK = "model.safetensors", "head.safetensors", "mask.safetensors"
-SENSITIVITY = "sensitivity.safetensors"
-FILES = (MODEL, HEAD, MASK, SENSITIVITY)
 SENSITIVITIES = ("weights", "neurons_mean", "neurons_gradient", "neurons_taylor")
-FORMAT = 2
-
 LIBRARIES = ("opnp", "torch", "torchvision", "numpy", "pillow")
 
 
 @dataclass(frozen=True, eq=False)
 class SavedDetector:
-    """A classifier that knows what it does not know; `opnp.load` reads one from its folder.
+    """A classifier that tells which images are OOD; `opnp.load` reads one from its folder.
 
     Attributes:
         backbone: the classifier, unpruned, with its preprocessing and its classes.
-        mask: of its head.
+        mask: the mask of its head.
         candidate: the percentages that made the mask, the clip and the temperature.
-        sensitivity: at that clip and temperature, of the unpruned head.
-        threshold: above which an image is OOD.
-        made: how it was made: data, search, versions, time.
-        digest: SHA-256 of what the folder says of itself, the digests of its files included, but
-            not when it was made, so that the same is the same; empty until it is saved.
+        sensitivity: sensitivity of the unpruned head at that clip and temperature.
+        threshold: the score above which an image is OOD.
+        made: how the detector was made: data, search, versions, time.
+        digest: SHA-256 of the folder's description and, through it, of its files; it ignores the
+            time of making, so equal detectors have equal digests. Empty before `save`.
     """
 
     backbone: Backbone
@@ -82,19 +74,11 @@ class SavedDetector:
     scorer: Scorer = field(init=False)
 
     def __post_init__(self) -> None:
-        backbone, classifier = self.backbone, self.backbone.classifier
-        head = self.mask.apply(classifier.head)
-        check_head(head.weight[:0], head.weight, head.bias)
-        if len(backbone.classes) != head.out_features:
-            raise InputError(
-                f"The model has {head.out_features} classes, and {len(backbone.classes)} names of "
-                "classes are given: give one for each."
-            )
-        temperature, clip = self.candidate.temperature, self.candidate.clip
-        scorer = Scorer(backbone.preprocessing, classifier.encoder, head, temperature, clip)
-        object.__setattr__(self, "scorer", scorer.eval().requires_grad_(False))
+        scorer = scorer_of(self.backbone, self.mask, self.candidate)
+        object.__setattr__(self, "scorer", scorer)
 
     @classmethod
+    @torch.no_grad()
     def of(
         cls,
         backbone: Backbone,
@@ -105,34 +89,50 @@ class SavedDetector:
         made: dict[str, Any],
         accept: float = 95.0,
     ) -> Self:
-        """A detector whose threshold accepts ``accept`` % of ID validation features (N, L)."""
-        everything = Threshold(inf, 100.0, inf, inf, 0)
-        open_gate = cls(backbone, mask, candidate, sensitivity, everything, made)
-        scores = torch.from_numpy(open_gate.predict_features(features).score)
-        return replace(open_gate, threshold=Threshold.of(scores, accept))
+        """A detector with a threshold set on ID validation features.
+
+        Args:
+            backbone: the classifier.
+            mask: the mask of its head.
+            candidate: what made the mask.
+            sensitivity: what the mask was chosen by.
+            features: penultimate features of ID validation images, not clipped, shape (N, L).
+            made: how the detector was made.
+            accept: percent of the validation images that the threshold accepts.
+
+        Raises:
+            InputError: the head or a score is not finite, or the names of classes do not fit.
+        """
+        scorer = scorer_of(backbone, mask, candidate)
+        _, scores = scorer.judged(features.to(scorer.head.weight.device))
+        threshold = Threshold.of(scores, accept)
+        return cls(backbone, mask, candidate, sensitivity, threshold, made)
 
     @property
     def device(self) -> torch.device:
         return self.scorer.head.weight.device
 
     def to(self, device: torch.device | str) -> Self:
-        """Move the model to a device."""
+        """Move the detector's models to a device, and return the detector."""
         self.backbone.classifier.to(device)
         self.scorer.to(device)
         return self
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Scores:
-        """Score preprocessed images, in [0, 1] and not normalized yet, float32 (N, C, H, W).
+        """Score preprocessed images.
+
+        Args:
+            images: in [0, 1], not normalized yet, float32 (N, C, H, W).
 
         Raises:
-            InputError: shape, type or range of values are not what the model's preprocessing gives.
+            InputError: the shape, the dtype or the range of values is wrong.
         """
         self.check_images(images)
         return self.scores_of(*self.scorer(images.to(self.device)))
 
     def check_images(self, images: Tensor) -> None:
-        """Refuse images that were not preprocessed as this model's must be."""
+        """Refuse images that were not preprocessed as the model needs."""
         stated = self.backbone.preprocessing
         wanted = (stated.channels, stated.size, stated.size)
         if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
@@ -144,8 +144,8 @@ class SavedDetector:
             images.numel() and not (images.min() >= 0 and images.max() <= 1)
         ):
             raise InputError(
-                "The detector takes float images in [0, 1], before normalization, which it does "
-                "itself: divide bytes by 255, and do not normalize."
+                "The detector takes float images in [0, 1], before normalization: divide bytes by "
+                "255, and leave the normalization to the detector."
             )
 
     @torch.no_grad()
@@ -181,7 +181,7 @@ class SavedDetector:
         return together(parts)
 
     def describe(self) -> dict[str, Any]:
-        """What it is and how it was made, as JSON has it."""
+        """What the detector is and how it was made, in values that JSON can hold."""
         weight = self.scorer.head.weight
         return {
             "digest": self.digest,
@@ -195,21 +195,21 @@ class SavedDetector:
                 "temperature": self.candidate.temperature,
                 "clip": self.candidate.clip,
             },
-            "threshold": asdict(self.threshold),
+            "threshold": self.threshold.model_dump(),
             "mask": self.candidate.record()
             | {"pruned": 100 * self.mask.pruned, "training_images": self.sensitivity.count},
             "made": self.made,
         }
 
     def save(self, folder: Path | str, overwrite: bool = False) -> Self:
-        """Write the folder, whole or not at all, and return the detector with its digest.
+        """Write the detector's folder atomically, and return the detector with its digest.
 
         Args:
-            folder: where.
-            overwrite: replace the detector that is there.
+            folder: the folder to write.
+            overwrite: whether to replace a detector that is there.
 
         Raises:
-            InputError: something is there already, or the disk is full.
+            InputError: the folder is taken, or the disk is full.
         """
         folder = Path(folder)
         check_place(folder, overwrite)
@@ -221,36 +221,32 @@ class SavedDetector:
             self.mask.save(temporary / MASK)
             tensors.save(temporary / SENSITIVITY, sensitivity, {"count": self.sensitivity.count})
             about = {name: value for name, value in self.describe().items() if name != "digest"}
-            about = {"opnp_detector": FORMAT, **about}
-            about["files"] = {name: digest(temporary / name) for name in FILES}
-            write_json(temporary / ABOUT, {"digest": digest_of(about), **about})
-        return replace(self, digest=digest_of(about))
+            sha256 = write_description(temporary, about)
+        return replace(self, digest=sha256)
 
 
-def digest_of(about: dict[str, Any]) -> str:
-    """SHA-256 of JSON, whatever its order and spaces, and whenever what it describes was made."""
-    made = about.get("made")
-    if isinstance(made, dict):
-        about = about | {"made": {key: value for key, value in made.items() if key != "at"}}
-    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-
-
-def check_place(folder: Path, overwrite: bool) -> None:
-    """Refuse to write a detector where something else is.
+def scorer_of(backbone: Backbone, mask: PruningMask, candidate: Candidate) -> Scorer:
+    """The module that scores with a pruned head.
 
     Raises:
-        InputError: the folder is not empty, and is no detector or one that must stay.
+        InputError: the head is not finite, or the names of classes do not fit.
     """
-    if not folder.exists():
-        return
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / ABOUT).is_file()):
-        raise InputError(f"{folder} exists and is not a detector: name another folder.")
-    if any(folder.iterdir()) and not overwrite:
-        raise InputError(f"{folder} holds a detector already: name another place, or overwrite it.")
+    classifier = backbone.classifier
+    head = mask.apply(classifier.head)
+    check_head(head.weight[:0], head.weight, head.bias)
+    if len(backbone.classes) != head.out_features:
+        raise InputError(
+            f"The model has {head.out_features} classes, but {len(backbone.classes)} names of "
+            "classes are given: give one for each."
+        )
+    scorer = Scorer(
+        backbone.preprocessing, classifier.encoder, head, candidate.temperature, candidate.clip
+    )
+    return scorer.eval().requires_grad_(False)
 
 
 def provenance() -> dict[str, Any]:
-    """When and with what something was made."""
+    """The time, and the versions of the libraries that matter to a detector."""
     return {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version()}
@@ -261,84 +257,56 @@ def provenance() -> dict[str, Any]:
 def load(
     folder: Path | str, device: torch.device | str = "cpu", trust: str | None = None
 ) -> SavedDetector:
-    """Read the detector that a folder holds, after a look at whether it is whole.
+    """Load a detector from its folder, once the folder is known to be undamaged.
 
-    A folder never chooses the code that runs: if its model is a factory of the user's, that must be
-    the one its reader names.
+    A folder never chooses the code that runs: if its model is made by a function of the user's, the
+    caller must name that function.
 
     Args:
-        folder: made by `opnp fit`, or by `SavedDetector.save`.
-        device: where it is to run.
+        folder: a folder that `SavedDetector.save` wrote.
+        device: the device to run on.
         trust: the ``package.module:factory`` that may be imported and called.
 
     Raises:
-        InputError: the folder is missing, damaged or foreign, or its model's code is not trusted.
+        InputError: the folder is missing, damaged or not a detector, or its model's code is not
+            trusted.
     """
     folder = Path(folder)
-    if not (folder / ABOUT).is_file():
-        raise InputError(f"{folder} is not a detector ({ABOUT} is missing).", "fit")
-    about = read_json(folder / ABOUT, "detector")
-    if not isinstance(about, dict) or about.get("opnp_detector") != FORMAT:
+    about, stated = read_description(folder)
+    if not trusts(stated.model.name, trust):
         raise InputError(
-            f"{folder / ABOUT} does not describe a detector of format {FORMAT}.", "fit"
+            f"{folder} wants to run the code of {stated.model.name}, which `trust` does not name.",
+            "trust",
         )
-    check_whole(folder, about)
-    again = "detector"
+    candidate = stated.candidate()
+    tables, counted = tensors.load(folder / SENSITIVITY, "detector")
+    head, _ = tensors.load(folder / HEAD, "detector")
     try:
-        name, score = about["model"]["name"], about["score"]
-        if not trusts(name, trust):
-            raise InputError(
-                f"{folder} wants to run the code of {name}, which `trust` does not name.", "trust"
-            )
-        backbone = load_backbone(folder / MODEL, trust)
-        candidate = Candidate.stated({**about["mask"], **score, "threshold": score["clip"]})
-        sums, stated = tensors.load(folder / SENSITIVITY, again)
-        detector = SavedDetector(
-            backbone,
-            PruningMask.load(folder / MASK),
-            candidate,
-            Sensitivity(
-                weights=sums["weights"],
-                neurons_mean=sums["neurons_mean"],
-                neurons_gradient=sums["neurons_gradient"],
-                neurons_taylor=sums["neurons_taylor"],
-                count=stated["count"],
-                temperature=candidate.temperature,
-                clip=candidate.clip,
-            ),
-            Threshold(**about["threshold"]),
-            about["made"],
-            about["digest"],
+        sensitivity = Sensitivity(
+            weights=tables["weights"],
+            neurons_mean=tables["neurons_mean"],
+            neurons_gradient=tables["neurons_gradient"],
+            neurons_taylor=tables["neurons_taylor"],
+            count=counted["count"],
+            temperature=candidate.temperature,
+            clip=candidate.clip,
         )
-        head, _ = tensors.load(folder / HEAD, again)
         weight, bias = head["weight"], head["bias"]
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder} lacks something ({error}).", again) from None
+    except KeyError as error:
+        raise InputError(f"{folder} lacks the tensor {error}.", "detector") from None
+    detector = SavedDetector(
+        load_backbone(folder / MODEL, trust),
+        PruningMask.load(folder / MASK),
+        candidate,
+        sensitivity,
+        stated.threshold,
+        stated.made,
+        stated.digest,
+    )
     pruned = detector.scorer.head
     if not (torch.equal(weight, pruned.weight) and torch.equal(bias, pruned.bias)):
-        raise InputError(f"{folder / HEAD} is not its model's head, pruned.", again)
-    described = detector.describe()
-    if digest_of(described) != digest_of({key: about.get(key) for key in described}):
-        raise InputError(f"{folder / ABOUT} is not what its files say.", again)
+        raise InputError(f"{folder / HEAD} is not its model's head, pruned.", "detector")
+    described = json.loads(json.dumps(detector.describe()))
+    if described != {key: about.get(key) for key in described}:
+        raise InputError(f"{folder / ABOUT} does not match the other files.", "detector")
     return detector.to(device)
-
-
-def check_whole(folder: Path, about: dict[str, Any]) -> None:
-    """Compare a folder with the digests it states.
-
-    Raises:
-        InputError: a file is missing or has changed, or the description has.
-    """
-    files = about.get("files")
-    said = {name: value for name, value in about.items() if name != "digest"}
-    if about.get("digest") != digest_of(said) or not isinstance(files, dict):
-        raise InputError(f"{folder / ABOUT} has been changed since it was written.", "detector")
-    for name in FILES:
-        path = folder / name
-        if not path.is_file():
-            raise InputError(f"{path} is missing.", "detector")
-        if digest(path) != files.get(name):
-            raise InputError(
-                f"{path} is damaged or of another detector: its SHA-256 is not the one in {ABOUT}.",
-                "detector",
-            )

@@ -1,8 +1,8 @@
-"""Detectors for other runtimes: one program from images to logits and scores, with no Python.
+"""Detectors for other runtimes: one program from images to logits and scores, without Python.
 
-The program takes images in [0, 1], float32 (N, C, H, W) with any N, not normalized, and gives
-logits (N, K) and outlier scores (N,), larger meaning OOD. What else its user must know, that is
-preprocessing, threshold and classes, travels in the file, as JSON named `detector.json`.
+The program takes images in [0, 1], float32 (N, C, H, W) with any N, not normalized. It returns
+logits (N, K) and outlier scores (N,); larger means OOD. The file also holds the preprocessing, the
+threshold and the classes, as JSON named `detector.json`.
 """
 
 import json
@@ -16,42 +16,42 @@ import torch
 from torch import Tensor
 
 from opnp.deployment.detector import SavedDetector
-from opnp.errors import InputError, UnavailableError
+from opnp.errors import InputError, UnavailableError, first_line
 from opnp.runtime.files import atomic
 
 __all__ = ["FORMATS", "TOLERANCE", "export"]
 
 NAME = "detector.json"
-TOLERANCE = 1e-4  # between the scores of the program and of the detector, relative above 1
+TOLERANCE = 1e-4  # of the program's scores, absolute and relative to the detector's
 
 
 def export(detector: SavedDetector, path: Path, format: str) -> None:
-    """Write the program, after a comparison of its scores with the detector's.
+    """Write the program, if its scores equal the detector's.
 
     Args:
-        detector: what to export.
-        path: the file.
+        detector: the detector to export.
+        path: the file to write.
         format: ``torch``, a `torch.export` program (.pt2), or ``onnx``, which needs `opnp[onnx]`.
 
     Raises:
-        InputError: there is no such format, or the model cannot be exported, or its scores differ.
+        InputError: the format is unknown, the model cannot be exported, or the scores differ.
         UnavailableError: the libraries for ONNX are not installed.
     """
     if format not in FORMATS:
-        raise InputError(f"There is no format {format!r}: choose from {', '.join(FORMATS)}.")
+        raise InputError(f"There is no format {format!r}: choose {' or '.join(FORMATS)}.")
     if missing := [name for name in NEEDS.get(format, ()) if find_spec(name) is None]:
-        raise UnavailableError(f"ONNX needs {', '.join(missing)}: run pip install 'opnp[onnx]'.")
+        raise UnavailableError(f"ONNX needs {', '.join(missing)}: install opnp[onnx].")
     preprocessing = detector.backbone.preprocessing
     drawn = torch.Generator().manual_seed(0)
     shape = (preprocessing.channels, preprocessing.size, preprocessing.size)
     two, three = (torch.rand(n, *shape, generator=drawn) for n in (2, 3))
-    # Of two images, since torch takes a batch of one for a constant.
+    # Traced with two images, since torch would take a batch of one as a constant.
     scorer = deepcopy(detector.scorer).cpu()
     batch = {"images": {0: torch.export.Dim("batch")}}
     try:
         program = torch.export.export(scorer, (two,), dynamic_shapes=batch)
-    except Exception as error:  # torch.export raises almost anything of a model it cannot trace
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+    except Exception as error:  # torch.export raises errors of all kinds for what it cannot trace
+        reason = first_line(error)
         raise InputError(f"{detector.backbone.spec} cannot be exported: {reason}") from error
     about = json.dumps(detector.describe())
     with atomic(path) as temporary, torch.no_grad():
@@ -105,7 +105,7 @@ FORMATS: dict[str, Callable[[torch.export.ExportedProgram, Path, str], Any]] = {
     "torch": write_torch,
     "onnx": write_onnx,
 }
-"""What writes a program, by the name of its format."""
+"""The function that writes each format."""
 
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime")}
 

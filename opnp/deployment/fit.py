@@ -7,6 +7,7 @@ a fit that was killed goes on from them, and only those of validation are ever i
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opnp.backbones.backbone import Backbone
+from opnp.backbones.backbone import Backbone, check
 from opnp.backbones.encoding import encode
 from opnp.data import proxies
 from opnp.data.images import Images
@@ -25,6 +26,7 @@ from opnp.data.imagesets import unit
 from opnp.deployment.detector import SavedDetector, provenance
 from opnp.deployment.settings import FitSettings
 from opnp.errors import InputError
+from opnp.metrics.agreement import suspicion
 from opnp.pruning.candidates import Trial, setting_of, trial_record
 from opnp.pruning.clipping import clip_thresholds
 from opnp.pruning.energy import bias_of
@@ -34,6 +36,8 @@ from opnp.runtime import tensors
 from opnp.runtime.progress import counting, track
 
 __all__ = ["Shards", "fit"]
+
+logger = logging.getLogger(__name__)
 
 SHARD = 1024  # images: the unit of work that a fit which was killed does not repeat
 
@@ -186,10 +190,12 @@ def fit(
         device: where the model runs.
 
     Raises:
-        InputError: images cannot be read, some of them only are of the model's classes, or its
-            features are not finite.
+        InputError: images cannot be read, some of them only are of the model's classes, its
+            features are not finite, or it could not be loaded again, see
+            `opnp.backbones.backbone.check`.
     """
     settings, device = settings or FitSettings(), torch.device(device)
+    check(backbone)
     labels = validation.labels(backbone.classes)
     backbone.classifier.eval().requires_grad_(False).to(device)
     shards, head = Shards(folder, backbone, device, settings), backbone.classifier.head
@@ -201,6 +207,8 @@ def fit(
     h, rows = torch.cat([part for part, _ in parts]), [row for _, of in parts for row in of]
     predicted = head(h.to(device)).argmax(dim=1).cpu()
     truth = predicted if labels is None else torch.from_numpy(labels[rows])
+    if doubt := suspicion(truth.numpy(), predicted.numpy(), backbone.classes):
+        logger.warning("%s", doubt)
 
     places = evenly(len(rows), settings.search_images)
     result = search(

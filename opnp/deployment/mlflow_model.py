@@ -11,7 +11,6 @@ as base64. What is too much is refused before anything is decoded.
 import base64
 import binascii
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from io import BytesIO
@@ -19,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from pydantic import Field
 
 import opnp
 from opnp.data.decoding import UNDECODABLE, decode
 from opnp.deployment.detector import SavedDetector
 from opnp.deployment.detector import load as load_detector
 from opnp.errors import InputError
+from opnp.runtime.settings import Positive, Settings, validated
 
 __all__ = ["Limits", "Served", "save"]
 
@@ -35,24 +36,14 @@ REQUIREMENTS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one request may hold.
+class Limits(Settings):
+    """What one request may hold."""
 
-    Attributes:
-        images: how many.
-        bytes: of one encoded image.
-        pixels: of one image, as its header states them.
-    """
-
-    images: int = 64
-    bytes: int = 20_000_000
-    pixels: int = 50_000_000
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"The limit {name} must be a positive whole number, not {value}.")
+    images: Positive = Field(default=64, description="Number of images.")
+    bytes: Positive = Field(default=20_000_000, description="Size of one encoded image.")
+    pixels: Positive = Field(
+        default=50_000_000, description="Pixels of one image, as its header states them."
+    )
 
 
 class Served:
@@ -141,7 +132,8 @@ def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> Serve
     """
     config = dict(model_config or {})
     trust = config.pop("trust", None)
-    return Served(load_detector(path, trust=trust), Limits(**config))
+    limits = validated(Limits, config, "model_config")
+    return Served(load_detector(path, trust=trust), limits)
 
 
 def save(detector: Path, path: Path, trust: str | None = None, **kwargs: Any) -> SavedDetector:
@@ -161,7 +153,7 @@ def save(detector: Path, path: Path, trust: str | None = None, **kwargs: Any) ->
     from mlflow.types import ColSpec, DataType, Schema
 
     loaded = load_detector(detector, trust=trust)
-    config: dict[str, Any] = asdict(Limits()) | ({"trust": trust} if trust else {})
+    config: dict[str, Any] = Limits().model_dump() | ({"trust": trust} if trust else {})
     columns = {"score": DataType.double, "is_ood": DataType.boolean, "predicted": DataType.string}
     pyfunc.save_model(
         str(path),

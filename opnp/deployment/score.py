@@ -1,7 +1,7 @@
 """Scoring images with a detector: a table of scores, and metrics over sets of images."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,11 +36,11 @@ SCHEMA = pa.schema(
 
 @dataclass
 class Summary:
-    """What scoring some images came to.
+    """The outcome of scoring images.
 
     Attributes:
-        images: that were scored.
-        ood: of these, above the threshold.
+        images: number of scored images.
+        ood: number of these above the threshold.
         unreadable: images that could not be read, each with the reason.
     """
 
@@ -55,9 +55,19 @@ class Summary:
 
 
 def score(detector: SavedDetector, images: Images, out: Path, batch_size: int = 64) -> Summary:
-    """Write the scores of images as Parquet: file (or file#row), score, is_ood, predicted class.
+    """Write the scores of images as Parquet, holding no more than a few batches in memory.
 
-    Images that cannot be read are left out, counted and named; memory is that of a few batches.
+    The columns are ``file`` (or file#row), ``score``, ``is_ood`` and ``predicted``, the class.
+    Images that cannot be read are left out.
+
+    Args:
+        detector: the detector to score with.
+        images: the images.
+        out: the file to write.
+        batch_size: number of images that go through the model at once.
+
+    Returns:
+        The counts, and the images left out.
 
     Raises:
         InputError: no image can be read, or the disk is full.
@@ -81,22 +91,22 @@ def score(detector: SavedDetector, images: Images, out: Path, batch_size: int = 
 
 
 def batches(detector: SavedDetector, images: Images, size: int, what: str) -> Iterator[Batch]:
-    """All images in batches, with progress."""
+    """All images in batches, while progress is shown."""
     found = images.batches(detector.backbone.preprocessing, range(len(images)), size)
     return track(found, f"{what} (batches of {size})", -(-len(images) // size))
 
 
 @dataclass
 class Judged:
-    """A set of images as a detector and the unpruned model's energy see them.
+    """What a detector and its unpruned model say of a set of images.
 
     Attributes:
-        rows: of the images that could be read.
-        scores: of the detector, float32 (N,).
-        energy: −logsumexp of the unpruned logits, float32 (N,).
-        label: the class that the detector predicts, (N,).
-        label_unpruned: the class that the unpruned model predicts, (N,).
-        unreadable: the images that could not be read, each with the reason.
+        rows: rows of the images that could be read, (N,).
+        scores: outlier scores of the detector, float32 (N,).
+        energy: outlier scores of the unpruned model, −logsumexp of its logits, float32 (N,).
+        label: classes that the detector predicts, (N,).
+        label_unpruned: classes that the unpruned model predicts, (N,).
+        unreadable: images that could not be read, each with the reason.
     """
 
     rows: NDArray[np.int64]
@@ -130,25 +140,25 @@ def judge(detector: SavedDetector, images: Images, size: int, what: str) -> Judg
 def evaluate(
     detector: SavedDetector, inside: Images, outside: Mapping[str, Images], batch_size: int = 64
 ) -> dict[str, Any]:
-    """How well the detector, and beside it the unpruned model's energy, tells OOD sets from ID.
+    """Measure how well a detector, and its unpruned model's energy, separate OOD sets from ID.
 
     Args:
-        detector: what is judged.
-        inside: ID images it has not seen; labelled, if accuracy is asked for.
+        detector: the detector to evaluate.
+        inside: ID images the detector has not seen; accuracy needs their labels.
         outside: OOD sets by name.
-        batch_size: images that go through the model at once.
+        batch_size: number of images that go through the model at once.
 
     Returns:
-        ``id`` (share flagged OOD, accuracy with and without pruning, None without labels), ``ood``
-        (for each set the share flagged, the metrics of `opnp.metrics`, and the same metrics
-        of ``energy``) and ``mean`` over the sets; all in percent.
+        In percent: ``id``, the share flagged as OOD and the accuracy with and without pruning
+        (None without labels); ``ood``, for each set the share flagged, the metrics of
+        `opnp.metrics.separation` and the same metrics of the ``energy``; ``mean``, over the sets.
 
     Raises:
-        InputError: a set has no image that can be read, there is no OOD set, or only some of the
-            ID images are of the model's classes.
+        InputError: there is no OOD set, no image of a set can be read, or only some of the ID
+            images belong to the model's classes.
     """
     if not outside:
-        raise InputError("An evaluation needs an OOD set: give --ood NAME=PATH.")
+        raise InputError("An evaluation needs an OOD set.", "ood")
     labels = inside.labels(detector.backbone.classes)
     known = judge(detector, inside, batch_size, "ID images")
     flagged = detector.threshold.is_ood
@@ -168,7 +178,7 @@ def evaluate(
     shared = ("flagged", *METRICS)
     return {
         "detector": detector.digest,
-        "threshold": asdict(detector.threshold),
+        "threshold": detector.threshold.model_dump(),
         "id": {
             **of_set(inside, known),
             "flagged": 100 * float(flagged(known.scores).mean()),
@@ -190,7 +200,7 @@ def of_set(images: Images, found: Judged) -> dict[str, Any]:
 
 
 def separation(inside: NDArray[np.float32], outside: NDArray[np.float32]) -> dict[str, float]:
-    """The metrics of `opnp.metrics.separation.ood_metrics`, without the wait for its library."""
+    """The metrics of `ood_metrics`, without importing pytorch-ood, which takes seconds."""
     once = [np.ones((1, len(scores)), np.int64) for scores in (inside, outside)]
     found = weighted_metrics(inside.astype(np.float64), outside.astype(np.float64), *once)
     return {name: float(value[0]) for name, value in found.items()}

@@ -1,21 +1,21 @@
 """The threshold of a detector: an image that scores above it is out of distribution."""
 
-from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
-from typing import Self
+from typing import Annotated, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
 from opnp.errors import InputError
+from opnp.runtime.settings import Positive, Settings
 
 __all__ = ["Threshold"]
 
 
-@dataclass(frozen=True)
-class Threshold:
+class Threshold(Settings):
     """The score above which an image is OOD, with a confidence interval.
 
     The interval is the distribution-free one of Conover, "Practical Nonparametric Statistics",
@@ -33,10 +33,10 @@ class Threshold:
     """
 
     value: float
-    accept: float
+    accept: Annotated[float, Field(gt=0, le=100)]
     low: float | None
     high: float | None
-    samples: int
+    samples: Positive
 
     @classmethod
     def of(cls, scores: Tensor, accept: float = 95.0) -> Self:
@@ -49,13 +49,15 @@ class Threshold:
         Raises:
             InputError: there are no scores, one is not finite, or ``accept`` is out of range.
         """
-        check_accept(accept)
+        if not 0 < accept <= 100:
+            raise InputError(f"accept must be above 0 and at most 100 percent, not {accept:g}.")
         ordered, n = np.sort(scores.double().cpu().numpy()), len(scores)
         if n == 0 or not np.isfinite(ordered).all():
             raise InputError("A threshold needs ID validation images whose scores are finite.")
         # A fraction, since 0.35 * 20 is more than 7 in floating point.
         value = float(ordered[max(0, ceil(n * Fraction(str(accept)) / 100) - 1)])
-        return cls(value, accept, *interval(ordered, accept), n)
+        low, high = interval(ordered, accept)
+        return cls(value=value, accept=accept, low=low, high=high, samples=n)
 
     def is_ood(self, scores: NDArray[np.float32]) -> NDArray[np.bool_]:
         """True where the score exceeds the threshold; NaN counts as OOD."""
@@ -71,9 +73,3 @@ def interval(scores: NDArray[np.float64], accept: float) -> tuple[float | None, 
     ends = quantile_test(scores, p=accept / 100).confidence_interval(0.95)
     low, high = (None if np.isnan(end) else float(end) for end in ends)
     return low, high
-
-
-def check_accept(accept: float) -> None:
-    """Refuse a percentage of ID images that no threshold can accept."""
-    if not 0 < accept <= 100:
-        raise InputError(f"accept must be above 0 and at most 100 percent, not {accept:g}.")

@@ -27,7 +27,7 @@ from opnp.pipeline.sections import (
     Train,
 )
 from opnp.runtime.files import atomic
-from opnp.runtime.settings import Seed, Settings, sentences
+from opnp.runtime.settings import Seed, Settings, key, sentences, validated
 
 __all__ = ["Engine", "Parameters", "Train", "complete", "faults", "load"]
 
@@ -79,10 +79,7 @@ def load(path: Path = Path("params.yaml")) -> Parameters:
         InputError: the file is missing or not YAML, or a parameter is unknown, missing or invalid;
             the sentence names the first fault. `faults` names all of them.
     """
-    try:
-        return Parameters.model_validate(values_of(path, text_of(path)))
-    except ValidationError as error:
-        raise InputError(f"{path}: {sentences(error, Parameters, key)[0]}") from None
+    return validated(Parameters, values_of(path, text_of(path)), str(path))
 
 
 def faults(path: Path = Path("params.yaml")) -> list[str]:
@@ -97,10 +94,6 @@ def faults(path: Path = Path("params.yaml")) -> list[str]:
     except ValidationError as error:
         return [f"{path}: {each}" for each in sentences(error, Parameters, key)]
     return []
-
-
-def key(path: Sequence[str]) -> str:
-    return f"`{'.'.join(path)}`"
 
 
 def text_of(path: Path) -> str:

@@ -165,10 +165,15 @@ def detector_records(parameters: "Parameters", detectors: dict[str, Any]) -> dic
     for name, by_column in detectors.items():
         ranks = {f"{column}/rank": rank for column, rank in evaluation["ranks"][name].items()}
         took = {units[what]: value for what, value in times.get(name, {}).items()}
+        pruned = {"pruned": evaluation["pruned"][name]} if name in evaluation["pruned"] else {}
         records[name] = {
             "parameters": flattened(evaluation["hyperparameters"][name])
             | {"detector": name, **about},
-            "metrics": flattened(by_column) | ranks | {"trials": evaluation["trials"][name]} | took,
+            "metrics": flattened(by_column)
+            | ranks
+            | {"trials": evaluation["trials"][name]}
+            | pruned
+            | took,
             "tags": {},
         }
     for name, reason in evaluation["unavailable"].items():

@@ -1,1 +1,1 @@
-"""The paper: energy, sensitivity, masks and the search for the best one. Torch and NumPy only."""
+"""The paper: energy, sensitivity, masks, and the search for the best mask."""

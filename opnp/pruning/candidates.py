@@ -71,13 +71,13 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate and how well it does, in percent.
+    """A candidate and how well it does.
 
     Attributes:
         candidate: what was tried.
-        fpr95: FPR95 of each outlier set, by the set's name.
-        auroc: AUROC of each outlier set, by the set's name.
-        accuracy: accuracy of the pruned head on the ID features; NaN without labels.
+        fpr95: FPR95 of each outlier set in percent, by the set's name.
+        auroc: AUROC of each outlier set in percent, by the set's name.
+        accuracy: accuracy of the pruned head on the ID features in percent; NaN without labels.
         pruned: share of the K·L weights that are zero, from 0 to 1.
     """
 

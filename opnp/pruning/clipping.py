@@ -1,4 +1,8 @@
-"""Thresholds at which features are clipped before the head sees them, as ReAct clips them."""
+"""Thresholds at which features are clipped before they reach the head, as in ReAct.
+
+Source: Sun et al., "ReAct: Out-of-distribution Detection With Rectified Activations", NeurIPS 2021,
+arXiv 2111.12797, section 3.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -12,13 +16,20 @@ __all__ = ["clip_threshold", "clip_thresholds"]
 
 
 def clip_threshold(features: Tensor, percentile: float) -> float:
-    """The value below which ``percentile`` % of all activations of training features (N, L) lie.
+    """The value below which ``percentile`` % of all N·L activations of training features lie.
 
-    Source: Sun et al., "ReAct: Out-of-distribution Detection With Rectified Activations",
-    NeurIPS 2021, arXiv 2111.12797, section 3.
+    Args:
+        features: penultimate features of the training samples, shape (N, L).
+        percentile: from 0 to 100.
+
+    Returns:
+        The value, interpolated linearly between the two nearest activations.
 
     Raises:
         InputError: there are no features, or the percentile is not between 0 and 100.
+
+    >>> clip_threshold(torch.arange(101.0).reshape(1, 101), 90)
+    90.0
     """
     check_percentile(percentile, features.numel())
     return float(np.percentile(features.cpu().numpy(), percentile))
@@ -27,29 +38,36 @@ def clip_threshold(features: Tensor, percentile: float) -> float:
 def check_percentile(percentile: float, count: int) -> None:
     if count == 0 or not 0 <= percentile <= 100:
         raise InputError(
-            f"The {percentile:g} % percentile of {count} activations is undefined: give one "
-            "between 0 and 100, and samples."
+            f"Percentile {percentile:g} of {count} activations is undefined: it needs a percentile "
+            "between 0 and 100, and at least one sample."
         )
 
 
 def clip_thresholds(
     blocks: Callable[[], Iterable[Tensor]], percentiles: Sequence[float]
 ) -> list[float]:
-    """`clip_threshold` at some percentiles of float32 features that need not fit in memory.
+    """`clip_threshold` at several percentiles of features that need not fit in memory.
 
-    Exact, with linear interpolation. float32 numbers are ordered as their bits are (those of
-    negative ones inverted), so that one pass over the features counts the upper halves of these
-    bits, and a second one the lower halves where the upper half is that of a number sought.
+    The result is exact, because float32 numbers can be sorted by their bits: read as integers, the
+    bits of positive numbers are in the order of the numbers once the sign bit is set, and those of
+    negative numbers once all bits are inverted. A first pass over the features counts how often
+    each upper half of 16 bits occurs, which tells the upper half of every number sought. A second
+    pass counts the lower halves of the activations that share such an upper half.
 
     Args:
-        blocks: gives the features (N, L), up to float32, part by part, anew at each call.
-        percentiles: between 0 and 100.
+        blocks: called once for each pass; gives the features (N, L) part by part, as float32 or
+            less precise.
+        percentiles: each from 0 to 100.
+
+    Returns:
+        A value for each percentile, in their order.
 
     Raises:
         InputError: there are no features, or a percentile is not between 0 and 100.
     """
 
     def ordered() -> Iterator[NDArray[np.uint32]]:
+        """The activations as integers of the same order."""
         for block in blocks():
             bits = block.cpu().float().contiguous().numpy().view(np.uint32).ravel()
             yield np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31))
@@ -60,6 +78,7 @@ def clip_thresholds(
     total, ends = int(upper.sum()), upper.cumsum()
     for percentile in percentiles:
         check_percentile(percentile, total)
+    # A percentile lies at a place among the sorted activations, between two ranks.
     places = [percentile / 100 * (total - 1) for percentile in percentiles]
     ranks = {int(rank) for place in places for rank in (np.floor(place), np.ceil(place))}
     half = {rank: int(np.searchsorted(ends, rank, side="right")) for rank in ranks}
@@ -69,6 +88,7 @@ def clip_thresholds(
             counts += np.bincount(bits[bits >> 16 == each] & 0xFFFF, minlength=1 << 16)
 
     def value(rank: int) -> float:
+        """The activation of a rank, put together from the two halves of its bits."""
         high = half[rank]
         before = int(ends[high - 1]) if high else 0
         low = int(np.searchsorted(lower[high].cumsum(), rank - before, side="right"))

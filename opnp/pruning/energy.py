@@ -10,38 +10,50 @@ __all__ = ["bias_of", "check_head", "energy_score", "linear_head", "logits"]
 
 
 def logits(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Logits f = W h + b.
+    """The logits f = W h + b.
 
     Args:
-        features: penultimate features h, shape (N, L).
-        weight: W, shape (K, L).
-        bias: b, shape (K,).
+        features: penultimate features h, shape (N, L): N samples of L features.
+        weight: head weight W, shape (K, L), for K classes.
+        bias: head bias b, shape (K,).
 
     Returns:
-        Shape (N, K).
+        f, shape (N, K).
+
+    >>> logits(torch.ones(1, 3), torch.eye(2, 3), torch.zeros(2))
+    tensor([[1., 1.]])
     """
     return F.linear(features, weight, bias)
 
 
 def energy_score(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Energy score S = T·logsumexp(f/T); **higher means in-distribution**.
+    """The energy score S = T·logsumexp(f/T). **A higher score means in-distribution (ID).**
 
-    The energy of the OOD literature is E = −S, the outlier score of `opnp.detectors.opnp.OPNP`.
+    The energy of the literature is E = −S: high for outliers.
 
     Args:
         logits: f, shape (..., K).
-        temperature: T > 0.
+        temperature: T, above 0.
 
     Returns:
-        Shape (...).
+        S, shape (...).
 
     Source: Liu et al., "Energy-based Out-of-distribution Detection", NeurIPS 2020, Eq. 4.
+
+    >>> energy_score(torch.tensor([[0.0, 0.0], [9.0, 0.0]]))
+    tensor([0.6931, 9.0001])
     """
     return temperature * torch.logsumexp(logits / temperature, dim=-1)
 
 
 def check_head(features: Tensor, weight: Tensor, bias: Tensor, temperature: float = 1.0) -> None:
     """Refuse a head that does not fit the features, and values that are not finite.
+
+    Args:
+        features: h, shape (N, L).
+        weight: W, shape (K, L).
+        bias: b, shape (K,).
+        temperature: T.
 
     Raises:
         InputError: shapes disagree, a value is NaN or infinite, or the temperature is not positive.
@@ -76,7 +88,7 @@ def bias_of(head: nn.Linear) -> Tensor:
 
 
 def linear_head(weight: Tensor, bias: Tensor) -> nn.Linear:
-    """An `nn.Linear` with copies of ``weight`` (K, L) and ``bias`` (K,), without gradients."""
+    """A linear layer with copies of ``weight`` (K, L) and ``bias`` (K,), without gradients."""
     head = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
     with torch.no_grad():
         head.weight.copy_(weight)

@@ -1,13 +1,17 @@
-"""The four methods of the search: what each of them may prune."""
+"""The four methods that a search chooses for, and what each of them may prune."""
 
 from collections.abc import Callable
 
 from opnp.pruning.candidates import Candidate
 
-# What OPP, ONP and OPNP, the methods of the paper, may do, and what OPNP with ReAct's clipping may.
 METHODS: dict[str, Callable[[Candidate], bool]] = {
     "opp": lambda candidate: candidate.clip is None and candidate.neurons == (0, 0),
     "onp": lambda candidate: candidate.clip is None and candidate.weights == (0, 0),
     "opnp": lambda candidate: candidate.clip is None,
     "opnp+react": lambda candidate: True,
 }
+"""Which candidates each method may choose.
+
+OPP prunes weights only, ONP neurons only, and OPNP both; these are the paper's. OPNP+ReAct may clip
+features as well.
+"""

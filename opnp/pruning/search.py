@@ -1,20 +1,14 @@
 """The search for the best mask, without real OOD data.
 
-Every combination of percentages, neuron sensitivity, clip and temperature is judged by how well the
-pruned head's energy separates in-distribution (ID) validation features from proxy outliers: by the
-mean FPR95 over the outlier sets, under the constraint that ID accuracy may drop only so much. Among
-the candidates within noise of the best the one that prunes least is chosen.
+1. `opnp.pruning.candidates` lists every combination of percentages, neuron sensitivity, clip and
+   temperature that the settings name.
+2. `opnp.pruning.table` measures each candidate: how well the energy of the pruned head separates
+   in-distribution (ID) validation features from outliers, by FPR95 and AUROC, and how accurately it
+   classifies.
+3. `choose` takes the candidates that keep the accuracy. Among those whose mean FPR95 over the
+   outlier sets is within noise of the lowest, it chooses the one that prunes least.
 
-Masks of one sensitivity are nested, so a candidate needs no matrix product of its own. Sort weights
-and neurons by sensitivity; a candidate keeps an interval of either order, and all intervals share
-their middle. With the middle counted to the low side, logits are the sum of four partial products,
-
-    f(wl, wh, nl, nh) = [wl, nl] + [wl, nh] + [wh, nl] + [wh, nh] + b,
-
-one for each pair of a low or high cut of the weights and one of the neurons: the four corners of a
-summed-area table (Crow, SIGGRAPH 1984), without its subtractions. The exponentials of sums being
-products, so is Σ exp f: one small matrix product over the classes gives the energies of all neuron
-cuts at once, and an exponential is taken only for each corner.
+The outliers are proxies, made from ID validation images or from noise; see `opnp.data.proxies`.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -41,16 +35,17 @@ __all__ = ["Choice", "SearchResult", "choice_record", "search_masks"]
 
 @dataclass(frozen=True)
 class Choice:
-    """The trial that a search chose, and how sure it was.
+    """The trial that a search chose, and how certain the choice is.
 
     Attributes:
-        trial: the chosen one.
-        lowest: the trial of lowest mean FPR95, stable or not; it may have been chosen as well.
+        trial: the chosen trial.
+        lowest: the trial with the lowest mean FPR95, whether it was chosen or not.
         interval: 95 % bootstrap interval of the chosen trial's mean FPR95, in percent.
-        within_noise: number of trials no more than a standard error above the figure that is lowest
-            with its instability added.
-        instability: half the difference, in points of mean FPR95, between the masks that either
-            half of the training samples makes of the candidate; NaN if there are no halves.
+        within_noise: number of trials whose mean FPR95 is at most one standard error above that of
+            the trial with the lowest sum of mean FPR95 and instability.
+        instability: half the difference in mean FPR95, in percentage points, between the masks that
+            the two halves of the training samples give for the chosen candidate; NaN if there are
+            no halves.
     """
 
     trial: Trial
@@ -62,12 +57,12 @@ class Choice:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """All trials, the chosen one, and its mask.
+    """All trials, the choices among them, and the chosen mask.
 
     Attributes:
-        trials: one for each candidate, in their order; the first is the unpruned head.
-        choices: the choice among all trials, named ``all``, and those of each named restriction.
-        mask: of the choice among all.
+        trials: one for each candidate; the first is the unpruned head.
+        choices: the choice among all trials, named ``all``, and the choice of each restriction.
+        mask: the mask of the choice among all.
     """
 
     trials: list[Trial]
@@ -76,7 +71,7 @@ class SearchResult:
 
     @property
     def best(self) -> Trial:
-        """The chosen trial among all."""
+        """The trial chosen among all."""
         return self.choices["all"].trial
 
 
@@ -132,28 +127,9 @@ def search_masks(
     """
     settings = settings or SearchSettings()
     measured = [sensitivity] if isinstance(sensitivity, Sensitivity) else list(sensitivity)
-    weight, bias = head.weight.detach(), bias_of(head)
-    if not outliers:
-        raise InputError("The search needs at least one set of outliers.")
-    if not measured or len({(s.clip, s.temperature) for s in measured}) < len(measured):
-        raise InputError("The search needs one sensitivity for each clip and temperature.")
+    check_inputs(head, id_features, outliers, measured, labels)
     if "all" in (restrictions or {}):
         raise InputError("`all` names the choice among all candidates: rename that restriction.")
-    for name, features in {"ID validation": id_features, **outliers}.items():
-        check_head(features, weight, bias, min(each.temperature for each in measured))
-        if len(features) == 0:
-            raise InputError(f"The set {name!r} is empty: the search needs samples in every set.")
-    if labels is not None and labels.shape != id_features.shape[:1]:
-        raise InputError(
-            f"There are {tuple(labels.shape)} labels for {len(id_features)} ID features: "
-            "give one for each."
-        )
-    for each in measured:
-        if each.weights.shape != weight.shape:
-            raise InputError(
-                f"The sensitivity is of a head {tuple(each.weights.shape)}, this one is "
-                f"{tuple(weight.shape)}: measure this head's."
-            )
     candidates = candidates_of(measured, settings)
     judge = Judge.of(head, id_features, outliers, labels, memory)
     by_candidate = {
@@ -170,6 +146,36 @@ def search_masks(
     return SearchResult(trials, choices, best.mask(setting_of(measured, best)))
 
 
+def check_inputs(
+    head: nn.Linear,
+    id_features: Tensor,
+    outliers: Mapping[str, Tensor],
+    measured: Sequence[Sensitivity],
+    labels: Tensor | None,
+) -> None:
+    """Refuse what `search_masks` cannot search, see there."""
+    weight, bias = head.weight.detach(), bias_of(head)
+    if not outliers:
+        raise InputError("The search needs at least one set of outliers.")
+    if not measured or len({(s.clip, s.temperature) for s in measured}) < len(measured):
+        raise InputError("The search needs one sensitivity for each clip and temperature.")
+    for name, features in {"ID validation": id_features, **outliers}.items():
+        check_head(features, weight, bias, min(each.temperature for each in measured))
+        if len(features) == 0:
+            raise InputError(f"The set {name!r} is empty: the search needs samples in every set.")
+    if labels is not None and labels.shape != id_features.shape[:1]:
+        raise InputError(
+            f"There are {tuple(labels.shape)} labels for {len(id_features)} ID features: "
+            "give one for each."
+        )
+    for each in measured:
+        if each.weights.shape != weight.shape:
+            raise InputError(
+                f"The sensitivity is that of a head {tuple(each.weights.shape)}, but this head is "
+                f"{tuple(weight.shape)}: measure the sensitivity of this head."
+            )
+
+
 def choose(
     judge: Judge,
     measured: Sequence[Sensitivity],
@@ -180,16 +186,18 @@ def choose(
 ) -> Choice:
     """The trial that prunes least among those within noise of the lowest mean FPR95.
 
-    Noise is one standard error (Breiman et al., "Classification and Regression Trees", 1984,
-    section 3.4.3) of the difference in mean FPR95, by a bootstrap over the samples of the ID set
-    and of each outlier set, the same draws for every candidate. To a figure the candidate's
-    instability is added first, so that masks which depend on the choice of training samples come
-    later.
+    A trial is within noise if its figure exceeds the lowest by at most one standard error of their
+    difference (the one-standard-error rule of Breiman et al., "Classification and Regression
+    Trees", 1984, section 3.4.3). The standard error comes from a bootstrap that draws the samples
+    of the ID set and of each outlier set, the same ones for every candidate.
+
+    The instability of a candidate is added to its figure first, so that a mask which depends on the
+    choice of training samples must be better by as much.
 
     Args:
-        judge: scores the candidates in question once more.
+        judge: gives the scores of candidates.
         measured: the sensitivities, with their halves if there are any.
-        trials: the first is the unpruned head, which accuracy is compared with.
+        trials: what to choose from; the first is the unpruned head, whose accuracy counts.
         settings: how much accuracy may be lost, and the number of resamples.
         seed: seed of the bootstrap.
         allowed: says which candidates may be chosen, such as those that prune weights only.
@@ -198,13 +206,14 @@ def choose(
         InputError: no allowed candidate keeps the accuracy.
     """
     floor = trials[0].accuracy - settings.max_accuracy_drop
-    # Without labels accuracies are NaN, and no comparison with NaN holds: nothing is excluded.
+    # Without labels accuracies are NaN. A comparison with NaN is false, so nothing is excluded.
     accurate = [t for t in trials if allowed(t.candidate) and not t.accuracy < floor - 1e-9]
     if not accurate:
         raise InputError(
             "No allowed candidate keeps the accuracy: try smaller percentages, or allow a larger "
             "drop in accuracy."
         )
+    # Any other trial prunes at least as much as one of these, with no lower FPR95.
     front = pareto_front(accurate)
     candidates = [trial.candidate for trial in front]
     figures = bootstrap_means(judge, judge.scores(measured, candidates), settings.bootstrap, seed)
@@ -227,9 +236,10 @@ def choose(
 
 
 def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
-    """Those which no other trial both prunes less than and has a lower mean FPR95 than.
+    """The trials that no other trial beats in both the share pruned and the mean FPR95.
 
-    From the least pruned to the lowest FPR95. AUROC breaks ties of FPR95, then the order of trials.
+    They come in order from the least pruned to the lowest FPR95. AUROC breaks ties of FPR95, and
+    the order of trials breaks those that remain.
     """
     front: list[Trial] = []
     for trial in sorted(trials, key=lambda trial: (trial.pruned, trial.rank)):
@@ -241,7 +251,14 @@ def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
 def bootstrap_means(
     judge: Judge, scores: Mapping[Candidate, Tensor], resamples: int, seed: int
 ) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
-    """Mean FPR95 in percent of candidates in each resample of all sets, (candidates, resamples)."""
+    """The mean FPR95 of C candidates in each of R resamples of all sets, in percent, shape (C, R).
+
+    Args:
+        judge: knows which samples are ID, and the sizes of the outlier sets.
+        scores: outlier scores of all samples, shape (N,), of each candidate.
+        resamples: R.
+        seed: seed of the draws, which are the same for every candidate.
+    """
     stacked = torch.stack(list(scores.values())).cpu()
     inside, outside = stacked[:, : judge.inside], stacked[:, judge.inside :]
     return bootstrap_mean_fpr95(inside, outside, list(judge.sizes.values()), resamples, seed)
@@ -250,9 +267,10 @@ def bootstrap_means(
 def instabilities(
     judge: Judge, measured: Sequence[Sensitivity], candidates: Sequence[Candidate]
 ) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    """Half the difference between the figures of each half's masks, in points; NaN without halves.
+    """How much each of C candidates depends on the training samples, in percentage points, (C,).
 
-    That is the standard error of a mean of two, here of two halves of the training samples.
+    That is half the difference in mean FPR95 between the masks that the two halves of the training
+    samples give: the standard error of the mean of two values. NaN without halves.
     """
     if any(each.halves is None for each in measured):
         return np.full(len(candidates), np.nan)
@@ -267,7 +285,12 @@ def instabilities(
 def choice_record(
     choice: Choice, percentiles: Mapping[float | None, float | None]
 ) -> dict[str, Any]:
-    """The chosen trial and how sure the choice was, as files have it."""
+    """The chosen trial and how certain the choice is, as it is written to files.
+
+    Args:
+        choice: what to write.
+        percentiles: for each clip (a value of the features), the percentile it was taken at.
+    """
     return trial_record(choice.trial, percentiles) | {
         "interval": {"low": choice.interval[0], "high": choice.interval[1]},
         "within_noise": choice.within_noise,

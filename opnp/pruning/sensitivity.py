@@ -4,7 +4,8 @@ For features h (L,), logits f = W h + b and p = softmax(f/T), the energy E = −
 
     ∂E/∂W_ij = −p_i h_j                          ∂E/∂h_j = −Σ_i p_i W_ij,
 
-so that averages over m training samples need one matrix product and no backward pass:
+so that averages over m training samples need one matrix product for each batch and no backward
+pass. With H (m, L) the features and P (m, K) the probabilities of all samples:
 
     parameter sensitivity      M_ij = (1/m) Σ_k |∂E(x_k)/∂W_ij| = (Pᵀ|H|)_ij / m
     neuron sensitivity, mean        N_j = (1/K) Σ_i M_ij
@@ -15,8 +16,8 @@ Source: Chen et al., "Optimal Parameter and Neuron Pruning for Out-of-Distributi
 NeurIPS 2023, arXiv 2402.10062. How the paper aggregates a neuron's weights is not stated in any
 source that can be read, so all three definitions are a choice of the search.
 
-Sensitivities are means, and means of parts cannot be merged; hence `SensitivitySums`: what a part
-of the training set contributes is a sum and a count, and parts are merged by adding.
+The means of two parts of the training set do not give the mean of both, but sums do. So each part
+contributes a sum and a count, `SensitivitySums`, and parts are merged by adding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -46,17 +47,18 @@ BATCH = 1024  # rows per product: bounds the memory for any N, and fixes the ord
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Sensitivities of one head over ``count`` training samples, all float64.
+    """How sensitive the energy of one head is, averaged over training samples, all float64.
 
     Attributes:
         weights: M, shape (K, L).
-        neurons_mean: N by definition ``mean``, shape (L,).
-        neurons_gradient: N by definition ``gradient``, shape (L,).
-        neurons_taylor: N by definition ``taylor``, shape (L,).
+        neurons_mean: N by the definition ``mean``, shape (L,).
+        neurons_gradient: N by the definition ``gradient``, shape (L,).
+        neurons_taylor: N by the definition ``taylor``, shape (L,).
         count: number of samples m.
         temperature: T of the energy.
-        clip: features were clipped at this value from above, as ReAct does; None: they were not.
-        halves: the same over either half of the samples, which shows how far sampling moves them.
+        clip: value at which features were clipped from above, as ReAct does; None: no clip.
+        halves: the same over each half of the samples. How much the halves differ shows how much
+            the sensitivity depends on which samples were drawn.
     """
 
     weights: Tensor
@@ -69,7 +71,7 @@ class Sensitivity:
     halves: "tuple[Sensitivity, Sensitivity] | None" = None
 
     def neurons(self, kind: NeuronSensitivity) -> Tensor:
-        """N, shape (L,), by the definition ``kind``.
+        """N by the definition ``kind``, shape (L,).
 
         Raises:
             InputError: there is no such definition.
@@ -85,10 +87,10 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class SensitivitySums:
-    """What some training samples contribute: float64 sums, on the CPU, and their count.
+    """What some training samples contribute: sums in float64, on the CPU, and their count.
 
-    Adding is exact in its order: merging the same parts in the same order gives the same bits,
-    whoever computed them and whenever.
+    Adding the same parts in the same order gives the same bits, whichever worker computed each
+    part and in whatever order they were finished.
 
     Attributes:
         weights: Σ_k |∂E(x_k)/∂W_ij|, shape (K, L).
@@ -97,7 +99,12 @@ class SensitivitySums:
         neurons_taylor: Σ_k |h_j · ∂E(x_k)/∂h_j|, shape (L,).
         count: number of samples.
         temperature: T of the energy.
-        clip: at which features were clipped from above, if they were.
+        clip: value at which features were clipped from above; None: no clip.
+
+    >>> h, W, b = torch.rand(6, 4), torch.randn(3, 4), torch.zeros(3)
+    >>> parts = [SensitivitySums.of(part, W, b) for part in (h[:2], h[2:])]
+    >>> (parts[0] + parts[1]).count
+    6
     """
 
     weights: Tensor
@@ -120,16 +127,16 @@ class SensitivitySums:
     ) -> Self:
         """Sums over the samples of ``features``.
 
-        Computed on the device of ``features`` and in float64 throughout: the smallest sensitivities
-        decide which weights are pruned, and float32 logits would cost them their sixth digit.
+        They are computed in float64, on the device of ``features``: the smallest sensitivities
+        decide which weights are pruned, and with float32 logits their sixth digit would be wrong.
 
         Args:
             features: h, shape (N, L), any floating dtype.
             weight: W, shape (K, L).
             bias: b, shape (K,).
             temperature: T of the energy.
-            clip: clip features at this value from above first, as ReAct does (Sun et al.,
-                NeurIPS 2021); None: do not.
+            clip: value at which to clip features from above first, as ReAct does (Sun et al.,
+                NeurIPS 2021); None: no clip.
 
         Raises:
             InputError: shapes disagree, values are not finite, or T is not positive.
@@ -139,8 +146,8 @@ class SensitivitySums:
         gradient = torch.zeros_like(weight[0])
         taylor = torch.zeros_like(gradient)
         for h, p in probabilities(features, weight, bias, temperature, clip):
-            dh = p @ weight  # −∂E/∂h, (B, L)
-            m += p.T @ h.abs()  # Σ_k |−p_i h_j|: p is never negative
+            dh = p @ weight  # −∂E/∂h, shape (B, L)
+            m += p.T @ h.abs()  # Σ_k |−p_i h_j|, shape (K, L); p is never negative
             gradient += dh.abs().sum(dim=0)
             taylor += (h * dh).abs().sum(dim=0)
         return cls(
@@ -175,7 +182,7 @@ class SensitivitySums:
         )
 
     def mean(self) -> Sensitivity:
-        """The sensitivities.
+        """The sensitivity: the sums divided by the count.
 
         Raises:
             InputError: there were no samples.
@@ -205,7 +212,9 @@ def probabilities(
     temperature: float = 1.0,
     clip: float | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features h (B, L) as the head sees them and p = softmax(f/T) (B, K), float64, in batches.
+    """Batches of features h (B, L), clipped as the head sees them, and p = softmax(f/T) (B, K).
+
+    Both are float64, on the device of ``features``.
 
     Raises:
         InputError: shapes disagree, values are not finite, or T is not positive.
@@ -218,7 +227,7 @@ def probabilities(
 
 
 def halved(first: SensitivitySums, second: SensitivitySums) -> Sensitivity:
-    """The sensitivities of two halves of the training samples together, which keep either half's.
+    """The sensitivity over two halves of the training samples, which keeps that of each half.
 
     Raises:
         InputError: there were no samples, or the halves are of different heads or settings.
@@ -236,17 +245,27 @@ def measure(
     temperatures: Sequence[float] = (1.0,),
     clips: Sequence[float | None] = (None,),
 ) -> list[Sensitivity]:
-    """The sensitivities at every temperature and clip, each with its halves (every other sample).
+    """The sensitivity at every temperature and clip, for `opnp.pruning.search.search_masks`.
+
+    Each keeps that of two halves of the samples: those in even and those in odd places.
 
     Args:
         features: penultimate features of the training samples, shape (N, L), N ≥ 1.
         weight: head weight W, shape (K, L).
         bias: head bias b, shape (K,).
-        temperatures: T of the energy.
-        clips: values at which features are clipped from above, see `clip_threshold`; None: not.
+        temperatures: values of T of the energy.
+        clips: values at which to clip features from above, which
+            `opnp.pruning.clipping.clip_threshold` gives; None: no clip.
+
+    Returns:
+        One sensitivity for each clip and temperature; those of the first clip come first.
 
     Raises:
         InputError: shapes disagree, N = 0, values are not finite, or T is not positive.
+
+    >>> h, W, b = torch.rand(100, 8), torch.randn(3, 8), torch.zeros(3)
+    >>> [(each.clip, each.temperature) for each in measure(h, W, b, [1.0, 2.0], [None, 0.9])]
+    [(None, 1.0), (None, 2.0), (0.9, 1.0), (0.9, 2.0)]
     """
     return [
         halved(
@@ -262,7 +281,7 @@ def measure(
 def parameter_sensitivity(
     features: Tensor, weight: Tensor, bias: Tensor, temperature: float = 1.0
 ) -> Tensor:
-    """Parameter sensitivity M_ij = (1/m) Σ_k |∂E(x_k)/∂W_ij|, without a backward pass.
+    """The parameter sensitivity M_ij = (1/m) Σ_k |∂E(x_k)/∂W_ij|, without a backward pass.
 
     Args:
         features: penultimate features of the training samples, shape (N, L), N ≥ 1.
@@ -295,7 +314,7 @@ def neuron_sensitivity(
     temperature: float = 1.0,
     kind: NeuronSensitivity = "mean",
 ) -> Tensor:
-    """Neuron sensitivity N by one of three definitions; see the module's formulas.
+    """The neuron sensitivity N by one of three definitions, whose formulas are above.
 
     Args:
         features: penultimate features of the training samples, shape (N, L), N ≥ 1.
@@ -311,5 +330,9 @@ def neuron_sensitivity(
         InputError: as `parameter_sensitivity`, or the kind is unknown.
 
     Source: Chen et al., NeurIPS 2023, arXiv 2402.10062.
+
+    >>> h, W, b = torch.rand(100, 8), torch.randn(3, 8), torch.zeros(3)
+    >>> neuron_sensitivity(h, W, b, kind="gradient").shape
+    torch.Size([8])
     """
     return SensitivitySums.of(features, weight, bias, temperature).mean().neurons(kind)

@@ -14,11 +14,22 @@ from pydantic import (
     ValidationError,
 )
 
-from opnp.errors import did_you_mean
+from opnp.errors import InputError, did_you_mean
 
-__all__ = ["Count", "Percentage", "Positive", "Seed", "Settings", "Several", "sentences"]
+__all__ = [
+    "Count",
+    "Percentage",
+    "Positive",
+    "Seed",
+    "Settings",
+    "Several",
+    "key",
+    "sentences",
+    "validated",
+]
 
 T = TypeVar("T")
+Model = TypeVar("Model", bound=BaseModel)
 
 Count = Annotated[int, Field(ge=0, lt=2**31)]
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
@@ -40,6 +51,29 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", strict=True, frozen=True, allow_inf_nan=False, validate_default=True
     )
+
+
+def validated(model: type[Model], values: Any, where: str, about: str | None = None) -> Model:
+    """Values read from a file or given by a caller, as an instance of ``model``.
+
+    Args:
+        model: the settings.
+        values: a mapping from names to values.
+        where: what holds the values, such as a file's name, for the error message.
+        about: what is at fault if a value is; see `opnp.errors`.
+
+    Raises:
+        InputError: a value is unknown, missing or invalid; the sentence names the first fault.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise InputError(f"{where}: {sentences(error, model, key)[0]}", about) from None
+
+
+def key(path: Sequence[str]) -> str:
+    """The name of a setting in a file, in backticks: `search.clip`."""
+    return f"`{'.'.join(path)}`"
 
 
 def sentences(

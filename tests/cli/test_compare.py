@@ -69,6 +69,28 @@ def test_rows_are_backbones_and_seeds_are_averaged(compare: Compare) -> None:
     ]
 
 
+def test_what_might_prune_but_did_not_is_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compare: Compare
+) -> None:
+    assert "nothing pruned" not in compare("--markdown") + compare()
+    monkeypatch.chdir(tmp_path)
+    for seed, pruned in ((0, 0.0), (1, 0.0)):
+        write_run({"energy": 40.0, "opnp+gen": 30.0}, pruned=pruned)
+        records.record_run(chosen(seed=seed), {})
+    write_run({"energy": 40.0, "opnp": 30.0}, pruned=1.0)
+    records.record_run(chosen("vit", seed=0), {})
+    write_run({"energy": 40.0, "opnp": 30.0}, pruned=0.0)
+    records.record_run(chosen("vit", seed=1), {})
+    assert not records.waiting()
+    lines = compare("--markdown").splitlines()
+    assert lines[4:6] == [
+        "| resnet | digits | 2 | 40.0 | – | **30.0=** |",
+        "| vit | digits | 2 | 40.0 | **30.0** | – |",  # which prunes for one of its seeds
+    ]
+    assert lines[-1] == "= nothing pruned: the detector scores the unpruned model."
+    assert "= nothing pruned: the detector" in compare()
+
+
 def test_runs_beyond_mlflows_page_are_read(
     compare: Compare, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 import opnp
 from opnp import OPNP, SavedDetector
 from opnp.data import images
-from opnp.deployment import detector as saved
-from opnp.deployment.detector import FILES
+from opnp.deployment.folder import FILES, digest_of
 from opnp.deployment.threshold import Threshold
 from opnp.errors import InputError
 from opnp.runtime.files import digest
@@ -203,7 +202,7 @@ def edit_and_sign(key: str, value: object) -> Callable[[Path], None]:
         path = folder / "detector.json"
         about = json.loads(path.read_text()) | {key: value}
         del about["digest"]
-        path.write_text(json.dumps(about | {"digest": saved.digest_of(about)}))
+        path.write_text(json.dumps(about | {"digest": digest_of(about)}))
 
     return damage
 
@@ -219,9 +218,12 @@ def edit_and_sign(key: str, value: object) -> Callable[[Path], None]:
         (shutil.rmtree, "is not a detector"),
         (edit("threshold", {"value": 1e9}), "has been changed since it was written"),
         (edit("opnp_detector", 1), "does not describe a detector of format 2"),
-        (edit_and_sign("threshold", {"value": 1e9}), "lacks something"),
-        (edit_and_sign("classes", ["a"] * 7), "is not what its files say"),
-        (edit_and_sign("files", None), "has been changed"),
+        (edit_and_sign("threshold", {"value": 1e9}), r"`threshold\.accept` is missing"),
+        (edit_and_sign("threshold", None), "`threshold`: "),
+        (edit_and_sign("score", {"clip": None, "temperature": "1"}), r"`score\.temperature`: "),
+        (edit_and_sign("mask", {}), r"`mask\.weights_low` is missing"),
+        (edit_and_sign("classes", ["a"] * 7), "does not match the other files"),
+        (edit_and_sign("files", None), "`files`: "),
         (edit_and_sign("model", {"name": "resnet"}), "wants to run the code of network:Network"),
     ],
 )
@@ -295,7 +297,7 @@ def test_a_detector_is_replaced_whole_or_not_at_all(
 ) -> None:
     place = tmp_path / "detector"
     detector.save(place)
-    with pytest.raises(InputError, match="holds a detector already"):
+    with pytest.raises(InputError, match="already holds a detector"):
         detector.save(place)
     unwritable = replace(detector, made={**detector.made, "note": float("nan")})
     with pytest.raises(ValueError, match="JSON"):

@@ -175,6 +175,19 @@ def test_what_is_logged(registered: Path) -> None:
     assert not [path for path in folder.rglob("*") if path.suffix in {".pkl", ".pickle", ".pyc"}]
 
 
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"images": 0}, "`images`: input should be greater than 0 (it is 0)."),
+        ({"bytes": "20 MB"}, "`bytes`: input should be a valid integer (it is '20 MB')."),
+        ({"pixel": 9}, "there is no parameter `pixel`; did you mean `pixels`?"),
+    ],
+)
+def test_faulty_limits_are_refused(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=re.escape(f"model_config: {said}")):
+        mlflow_model._load_pyfunc("no folder is read", config)
+
+
 @pytest.mark.parametrize("loader", ["opnp.deployment.mlflow_model", "opnp.serving"])
 def test_a_model_loads_with_its_own_code(
     loader: str, own: Path, detector_folder: Path, tmp_path: Path
@@ -197,6 +210,7 @@ def test_a_model_loads_with_its_own_code(
     assert file == str(model / "code" / "opnp" / "__init__.py")
 
 
+@pytest.mark.slow
 def test_mlflow_serves_it(registered: Path) -> None:
     port, files = free_port(), sorted((registered / "images" / "others").iterdir())[:2]
     command = f"mlflow models serve -m models:/opnp@champion --env-manager local -p {port}"

@@ -156,6 +156,7 @@ def test_twenty_kills_cost_no_whole_shard_and_no_bit(
     assert shards() == kept
 
 
+@pytest.mark.slow
 def test_signals_end_runs_in_a_sentence_and_the_next_goes_on(
     expected: dict[Path, str], prefect_api: str
 ) -> None:
@@ -378,6 +379,7 @@ def test_a_full_disk_is_told_and_a_run_goes_on_after_room_was_made(
     assert {path: digest(path) for path in kept} == kept
 
 
+@pytest.mark.slow
 def test_a_full_disk_of_the_cache_is_told_and_what_was_made_is_recorded_later(
     workspace: Path, small_disk: Path
 ) -> None:
@@ -428,6 +430,7 @@ def test_every_library_tells_of_a_full_disk(small_disk: Path, library: str) -> N
     assert not [*small_disk.iterdir()]
 
 
+@pytest.mark.slow
 def test_a_server_that_was_killed_is_started_again(
     many: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

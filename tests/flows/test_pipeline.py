@@ -301,6 +301,7 @@ def test_second_run_has_nothing_to_do(
     assert before == {path: path.stat().st_mtime_ns for path in workspace.glob("artifacts/**/*.*")}
 
 
+@pytest.mark.slow
 def test_a_run_that_dies_before_it_is_recorded_is_recorded_by_the_next(
     workspace: Path,
     prefect_api: str,
@@ -399,6 +400,7 @@ def test_plain_functions_and_any_number_of_workers_give_the_same_bits(
     assert contents(tmp_path) == contents(finished)
 
 
+@pytest.mark.slow
 def test_an_experiment_runs_only_its_stages_against_one_server(workspace: Path) -> None:
     """`dvc exp run` starts a process for each stage; all share one Prefect server, which ends."""
     before = contents(workspace)
@@ -594,6 +596,7 @@ def test_training_samples_divide_into_shards_of_any_size(workspace: Path) -> Non
     torch.testing.assert_close(found[0].weights, total, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_real_outliers_are_searched_and_tuned_on(workspace: Path, prefect_api: str) -> None:
     """They come beside the proxies, then alone, and go again."""
     set_parameters(
@@ -656,6 +659,7 @@ def test_real_outliers_are_searched_and_tuned_on(workspace: Path, prefect_api: s
         stages.features.run(parameters.load())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "unavailable"), [("convnext", {}), ("vit", {"rankfeat": "feature maps"})]
 )
@@ -710,6 +714,7 @@ def test_a_checkpoint_of_another_backbone_is_evaluated(
         assert reason in (workspace / artifacts.REPORT).read_text()
 
 
+@pytest.mark.slow
 def test_every_detector_of_the_parameters_is_compared(workspace: Path) -> None:
     """The whole list that ships, each detector tuned on few samples."""
     everything = list(parameters.load(ROOT / "params.yaml").evaluate.detectors)

@@ -113,6 +113,7 @@ def test_one_challenger_is_promoted_and_another_rejected(
     assert other.digest
 
 
+@pytest.mark.slow
 def test_a_failure_leaves_the_champion_and_is_made_up_for(
     good: SavedDetector, chosen: Parameters, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -198,6 +198,7 @@ def test_processes_go_on_when_one_is_killed_in_mid_shard(
     check_written(watch, lost, processes=2)
 
 
+@pytest.mark.slow
 def test_a_dask_cluster_of_this_machine_lasts_as_long_as_the_flow(prefect_api: str) -> None:
     @task
     def where() -> tuple[int, str]:

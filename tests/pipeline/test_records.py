@@ -39,8 +39,11 @@ def chosen(backbone: str = "resnet", data: str = "digits", seed: int = 0) -> Par
     )
 
 
-def write_run(fpr95: dict[str, float], kinds: dict[str, str] = KINDS) -> None:
-    """The files of a run in the current folder, in which the detectors have these mean FPR95s."""
+def write_run(fpr95: dict[str, float], kinds: dict[str, str] = KINDS, pruned: float = 12.5) -> None:
+    """The files of a run in the current folder, in which the detectors have these mean FPR95s.
+
+    Those whose name begins with ``opnp`` prune as many percent of the weights as is said.
+    """
     for path in records.FILES:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(path.name)
@@ -61,6 +64,7 @@ def write_run(fpr95: dict[str, float], kinds: dict[str, str] = KINDS) -> None:
         {
             "hyperparameters": {name: {"gamma": 0.1} for name in detectors},
             "trials": dict.fromkeys(detectors, 4),
+            "pruned": {name: pruned for name in detectors if name.startswith("opnp")},
             "ranks": ranking.ranks(detectors, list(kinds)),
             "unavailable": {"odin": "It needs gradients of the input."},
         },
@@ -133,7 +137,8 @@ def test_a_run_and_each_of_its_detectors(here: Path) -> None:
         "far-b/fpr95": 21, "far-b/auroc": 80, "far-b/rank": 1,
         "near/fpr95": 19, "near/auroc": 80, "far/fpr95": 21, "far/auroc": 80,
         "mean/fpr95": 20, "mean/auroc": 80, "mean/rank": 1,
-        "trials": 4, "seconds/tune": 1.5, "seconds/fit": 0.5, "milliseconds_per_1000/score": 2.5,
+        "trials": 4, "pruned": 12.5, "seconds/tune": 1.5, "seconds/fit": 0.5,
+        "milliseconds_per_1000/score": 2.5,
     }  # fmt: skip
 
 

@@ -460,5 +460,5 @@ def test_thresholds_found_part_by_part_are_those_of_the_whole(
 def test_thresholds_of_nothing_or_beyond_all_are_refused(
     blocks: list[Tensor], percentile: float
 ) -> None:
-    with pytest.raises(InputError, match=f"{percentile:g} % percentile"):
+    with pytest.raises(InputError, match=f"Percentile {percentile:g} of"):
         clip_thresholds(lambda: blocks, [percentile])
