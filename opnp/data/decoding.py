@@ -10,6 +10,7 @@ import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
@@ -17,17 +18,19 @@ from typing import IO, Any
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from opnp.data.colors import STORED
-from opnp.errors import InputError
+from opnp.errors import InputError, first_line
 
 __all__ = ["FORMATS", "MEMORY", "PIXELS", "check_header", "decode", "faults_of", "printable"]
 
 PIXELS = 89_478_485  # of one image: where Pillow begins to warn
+SIDE = 65_535  # pixels, as in a JPEG: decoders take memory for each row and each column, too
 MEMORY = 224_000_000  # bytes that decoding one image may take: 56 million pixels in RGB
 
-FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 """The formats that are read. Pillow knows more, some of which run other programs (EPS), decode in
 Python, byte by byte, or take any bytes for an image."""
 
+REPLACE = "replace or remove it"
 ORIENTATION, ROWS_PER_STRIP = 0x0112, 278  # tags of EXIF and TIFF
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -62,7 +65,7 @@ def decode(data: bytes | Path, where: str, turn: bool = False, pixels: int = PIX
         image = identified(file, where, pixels)
         if image.format == "PNG":  # its orientation may stand behind the pixels
             shrink(image, file, where)
-        method = TURNS.get(image.getexif().get(ORIENTATION)) if turn else None
+        method = TURNS.get(image.getexif().get(ORIENTATION, 1)) if turn else None
         shrink(image, file, where, copies=1 if method is None else 2)
         image.load()
         found: Image.Image = image
@@ -90,19 +93,18 @@ def faults_of(where: str) -> Iterator[None]:
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{where} is missing: restore it, or stop naming it.") from None
+        raise InputError(f"{where} is missing: put it back, or leave it out.") from None
     except PermissionError:
         raise InputError(f"{where} cannot be read: permission is denied.") from None
     except UnidentifiedImageError:
-        reason = f"its bytes are of none of the formats {', '.join(FORMATS)}"
-        raise InputError(f"{where} is not a whole image ({reason}): replace or remove it.") from None
+        raise InputError(f"{where} is not a whole image of a known format: {REPLACE}.") from None
     except Exception as error:  # decoders raise about anything when bytes are damaged
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        raise InputError(f"{where} is not a whole image ({reason}): replace or remove it.") from None
+        reason = printable(first_line(error))
+        raise InputError(f"{where} is not a whole image ({reason}): {REPLACE}.") from None
 
 
 def printable(name: str | Path) -> str:
-    """A file's name as text that can be printed and stored: bytes that are not UTF-8 are escaped."""
+    """A file's name as text to print and store: bytes in it that are not UTF-8 are escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -130,9 +132,16 @@ def identified(file: IO[bytes], where: str, pixels: int) -> ImageFile.ImageFile:
     Raises:
         InputError: it has more pixels than allowed.
     """
-    image = Image.open(file, formats=FORMATS)
+    image = Image.open(file, formats=available())
     check_size(image, where, pixels)
     return image
+
+
+@cache
+def available() -> tuple[str, ...]:
+    """Those of `FORMATS` that this Pillow was built with."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 def check_size(image: Image.Image, where: str, pixels: int = PIXELS) -> None:
@@ -142,10 +151,14 @@ def check_size(image: Image.Image, where: str, pixels: int = PIXELS) -> None:
         InputError: it has more pixels than allowed.
     """
     if image.width * image.height > pixels:
-        raise InputError(
-            f"{where} has {image.width} × {image.height} pixels, more than the {pixels} allowed: "
-            "scale it down, or remove it."
-        )
+        over = f"more than the {pixels} allowed"
+    elif max(image.size) > SIDE:
+        over = f"more than {SIDE} on a side"
+    else:
+        return
+    raise InputError(
+        f"{where} has {image.width} × {image.height} pixels, {over}: scale it down, or remove it."
+    )
 
 
 def shrink(image: ImageFile.ImageFile, file: IO[bytes], where: str, copies: int = 1) -> None:
@@ -178,7 +191,7 @@ def shrink(image: ImageFile.ImageFile, file: IO[bytes], where: str, copies: int 
 
 
 def cost(image: ImageFile.ImageFile, file: IO[bytes]) -> float:
-    """Bytes for each pixel that decoding takes beside the decoded image; measured with Pillow 13."""
+    """Bytes for each pixel that decoding takes beside the decoded image, measured (Pillow 13)."""
     bands = len(image.getbands())
     about: Any = image
     match image.format:
@@ -211,9 +224,9 @@ def in_one_scan(image: ImageFile.ImageFile, file: IO[bytes]) -> bool:
     position = 2
     while True:
         file.seek(position)
-        head = file.read(5)
-        if len(head) < 5 or head[0] != 0xFF or not 0xC0 <= head[1] <= 0xFE or 0xD0 <= head[1] < 0xDA:
+        head = file.read(5)  # 0xFF, the kind of the segment, its length in two bytes, its content
+        if len(head) < 5 or head[0] != 0xFF or not (0xC0 <= head[1] < 0xD0 or head[1] >= 0xDA):
             return False
-        if head[1] == 0xDA:  # start of scan: its length, then its number of components
+        if head[1] == 0xDA:  # start of scan, with the number of its components
             return head[4] == len(image.getbands())
         position += 2 + int.from_bytes(head[2:4], "big")

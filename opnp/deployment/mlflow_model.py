@@ -10,7 +10,7 @@ as base64. What is too much is refused before anything is decoded.
 
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from io import BytesIO
@@ -21,7 +21,7 @@ from PIL import Image
 from pydantic import Field
 
 import opnp
-from opnp.data.decoding import UNDECODABLE, decode
+from opnp.data.decoding import check_header, decode
 from opnp.deployment.detector import SavedDetector
 from opnp.deployment.detector import load as load_detector
 from opnp.errors import InputError
@@ -82,8 +82,8 @@ class Served:
             }
         )
 
-    def opened(self, images: Sequence[Any]) -> list[Image.Image]:
-        """Decode images, after a look at how many, how long and how large they all are."""
+    def opened(self, images: Sequence[Any]) -> Iterator[Image.Image]:
+        """Decode images one after another, once all are known to be few, short and small enough."""
         limits = self.limits
         if not images:
             raise InputError("There are no images to score: give at least one.")
@@ -97,8 +97,8 @@ class Served:
                 raise InputError(
                     f"image {row} is of {len(data)} bytes, more than the {limits.bytes} it may be."
                 )
-            check_pixels(data, f"image {row}", limits.pixels)
-        return [decode(data, f"image {row}") for row, data in enumerate(whole)]
+            check_header(data, f"image {row}", limits.pixels)
+        return (decode(data, f"image {row}") for row, data in enumerate(whole))
 
 
 def as_bytes(image: Any, where: str) -> bytes:
@@ -110,16 +110,6 @@ def as_bytes(image: Any, where: str) -> bytes:
     if not isinstance(image, bytes | bytearray):
         raise InputError(f"{where} is neither bytes nor base64.")
     return bytes(image)
-
-
-def check_pixels(data: bytes, where: str, most: int) -> None:
-    """Refuse an image by what its header states."""
-    try:
-        width, height = Image.open(BytesIO(data)).size
-    except (*UNDECODABLE, Warning) as error:
-        raise InputError(f"{where} is not a whole image ({error}).") from None
-    if width * height > most:
-        raise InputError(f"{where} is of {width} × {height} pixels, more than the {most} allowed.")
 
 
 def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> Served:

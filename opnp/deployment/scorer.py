@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from opnp.data.decoding import decode
+from opnp.data.decoding import decode, printable
 from opnp.data.preprocessing import Preprocessing
-from opnp.errors import InputError
 from opnp.pruning.energy import energy_score
 
 __all__ = ["Scorer", "Scores"]
@@ -86,10 +85,7 @@ class Scorer(nn.Module):
 def opened(image: Image.Image | str | Path) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
-    try:
-        return decode(Path(image).read_bytes(), str(image))
-    except OSError as error:
-        raise InputError(f"{image} cannot be read ({error.strerror}): correct the path.") from None
+    return decode(Path(image), printable(image))
 
 
 def together(parts: Sequence[Scores]) -> Scores:
