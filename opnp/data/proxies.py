@@ -11,18 +11,15 @@ Images are float32 in [0, 1], shape (C, H, W), in the backbone's input space bef
 """
 
 from collections.abc import Callable
-from typing import Annotated
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import AfterValidator
 from scipy.ndimage import gaussian_filter
 
-from opnp.errors import InputError, did_you_mean
+from opnp.errors import InputError
 from opnp.runtime.seeds import generator
-from opnp.runtime.settings import Several
 
-__all__ = ["DEFAULT", "FAMILIES", "NATURAL", "Families", "make"]
+__all__ = ["FAMILIES", "NATURAL", "make"]
 
 Image = NDArray[np.float32]
 Rng = np.random.Generator
@@ -203,24 +200,6 @@ FAMILIES: dict[str, Callable[[Image, Image, Rng], Image]] = {
 
 NATURAL = ("phase", "blobs", "zoom", "blur", "strokes", "rotation", "inversion")
 """The families that keep the statistics of natural images."""
-
-DEFAULT = (
-    *("jigsaw-2", "jigsaw-4", "jigsaw-7", "permutation", "phase", "mixup", "inversion"),
-    *("rotation", "uniform", "gaussian", "rademacher", "blobs"),
-)
-"""The families that masks are chosen by unless others are named."""
-
-
-def known(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Refuse a name that no family has: a misspelt one must not cost a training first."""
-    for name in names:
-        if name not in FAMILIES:
-            raise InputError(f"There is no proxy {name!r}; {did_you_mean(name, FAMILIES)}")
-    return names
-
-
-Families = Annotated[Several[str], AfterValidator(known)]
-"""Names of families, as settings hold them."""
 
 
 def make(family: str, images: Image, rows: range, seed: int) -> Image:

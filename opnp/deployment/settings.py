@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from opnp.data.proxies import DEFAULT, Families
+from opnp.data.families import DEFAULT, Families
 from opnp.pruning.settings import SearchSettings
 from opnp.runtime.settings import Count, Positive, Seed
 

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from opnp.data.proxies import DEFAULT, Families
+from opnp.data.families import DEFAULT, Families
 from opnp.detectors.names import check
 from opnp.pruning.settings import SearchSettings
 from opnp.runtime.settings import Count, Percentage, Positive, Seed, Settings, Several
