@@ -23,9 +23,9 @@ class Scores:
 
     Attributes:
         score: outlier scores, float32 (N,); larger means OOD.
-        is_ood: score above the threshold, bool (N,).
-        label: class of the greatest logit of the pruned head, int64 (N,).
-        predicted: its name.
+        is_ood: whether the score is above the threshold, bool (N,).
+        label: number of the class with the largest logit of the pruned head, int64 (N,).
+        predicted: name of that class, for each image.
     """
 
     score: NDArray[np.float32]
@@ -38,14 +38,14 @@ class Scores:
 
 
 class Scorer(nn.Module):
-    """From images to logits and outlier scores, as one module, which `opnp export` writes.
+    """Maps images to logits and outlier scores, as one module that can be exported.
 
     Args:
-        preprocessing: of which only the normalization happens here.
-        encoder: maps normalized images to features (N, L).
-        head: pruned already.
-        temperature: T of the energy.
-        clip: features are clipped at this value from above first; None: not.
+        preprocessing: preprocessing of the images; only its normalization happens here.
+        encoder: maps normalized images (N, C, H, W) to features (N, L).
+        head: the pruned head.
+        temperature: temperature T of the energy.
+        clip: value at which features are clipped from above; None does not clip.
     """
 
     def __init__(
