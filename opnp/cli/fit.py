@@ -1,4 +1,4 @@
-"""The command `opnp fit`: a detector of one's own model and images."""
+"""The command `opnp fit`: a detector from your own model and images."""
 
 from pathlib import Path
 from shutil import rmtree
@@ -46,11 +46,12 @@ def fit(
 ) -> None:
     """Make a detector from a trained classifier and images.
 
-    Images are a folder of them, of Parquet or of IDX files, a manifest (.csv, .parquet),
-    torchvision:NAME or pytorch-ood:NAME. Of a divided source --id-train takes the split train,
-    --id-val validation, else test. If classes of --id-val, such as folders, are named like the
-    model's, its images are labelled; else agreement with the unpruned model stands in for accuracy.
-    A fit that was stopped goes on where it was.
+    Images are a folder of images, of Parquet files or of IDX files, a manifest (.csv, .parquet),
+    torchvision:NAME or pytorch-ood:NAME. From a source with splits, --id-train takes the training
+    split, and --id-val takes the validation split or else the test split. If the classes of
+    --id-val, such as its folders, are named like the model's, its images are labelled; otherwise
+    agreement with the unpruned model stands in for accuracy. An interrupted fit resumes where it
+    stopped.
 
     \b
     Example:

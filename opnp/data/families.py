@@ -1,4 +1,8 @@
-"""The names of the families of proxy outliers, without the libraries that make them."""
+"""The names of families of proxy outliers, as settings hold them.
+
+Importing this module is cheap; `opnp.data.proxies`, which makes the outliers, imports NumPy and
+SciPy.
+"""
 
 from typing import Annotated
 
@@ -7,7 +11,7 @@ from pydantic import AfterValidator
 from opnp.errors import InputError, did_you_mean
 from opnp.runtime.settings import Several
 
-__all__ = ["DEFAULT", "NAMES", "NATURAL", "Families", "check"]
+__all__ = ["DEFAULT", "Families"]
 
 DEFAULT = (
     *("jigsaw-2", "jigsaw-4", "jigsaw-7", "permutation", "phase", "mixup", "inversion"),
@@ -15,20 +19,16 @@ DEFAULT = (
 )
 """The families that masks are chosen by unless others are named."""
 
-NAMES = (*DEFAULT, "zoom", "blur", "strokes", "spectrum", "cutmix")
-"""Every family; `opnp.data.proxies` makes them."""
 
-NATURAL = ("phase", "blobs", "zoom", "blur", "strokes", "rotation", "inversion")
-"""The families that keep the statistics of natural images."""
-
-
-def check(names: tuple[str, ...]) -> tuple[str, ...]:
+def known(names: tuple[str, ...]) -> tuple[str, ...]:
     """Refuse a name that no family has: a misspelt one must not cost a training first."""
+    from opnp.data.proxies import FAMILIES
+
     for name in names:
-        if name not in NAMES:
-            raise InputError(f"There is no proxy {name!r}; {did_you_mean(name, NAMES)}")
+        if name not in FAMILIES:
+            raise InputError(f"There is no proxy {name!r}; {did_you_mean(name, FAMILIES)}")
     return names
 
 
-Families = Annotated[Several[str], AfterValidator(check)]
-"""Names of families, as settings hold them."""
+Families = Annotated[Several[str], AfterValidator(known)]
+"""Names of families."""

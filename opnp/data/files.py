@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from opnp.data.folders import file_split, open_tree
+from opnp.data.folders import open_tree
 from opnp.data.idx import open_idx
 from opnp.data.lists import is_manifest, open_manifest
 from opnp.data.parquet import open_parquet, parquet_files
-from opnp.data.splits import Source
+from opnp.data.splits import Files, Source, Split
 from opnp.errors import InputError, MissingError
 
 __all__ = ["open_files"]
@@ -41,7 +41,7 @@ def open_files(path: Path, part: str | None = None) -> Source:
             raise InputError(
                 f"{path} is neither a Parquet file nor a manifest (.csv): name another."
             )
-        return Source([], {"all": file_split([str(path)], np.array([-1]))})
+        return Source([], {"all": Split.of(Files([str(path)]), np.array([-1]))})
     if not path.is_dir():
         raise MissingError(f"{path} is not there: put it there, or name another.")
     if found := parquet_files(path, part):

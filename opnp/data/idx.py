@@ -1,6 +1,7 @@
 """IDX files, the format of MNIST."""
 
 import gzip
+import hashlib
 import math
 import tempfile
 import zlib
@@ -10,23 +11,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from opnp.data.decoding import PIXELS
+from opnp.data.decoding import PIXELS, printable
 from opnp.data.parquet import spooled
 from opnp.data.parts import divided
-from opnp.data.splits import Source, Split, state_of
+from opnp.data.splits import Rows, Source, Split, state_of
 from opnp.errors import InputError
 
 __all__ = ["read_idx"]
 
-DEFLATED = 1032  # times smaller at most is what DEFLATE makes of anything
-
-
-# IDX files
+DEFLATED = 1032  # DEFLATE makes nothing smaller than by this factor
 
 
 def open_idx(folder: Path, part: str | None) -> Source:
     """``train-`` and ``t10k-images-idx3-ubyte`` with their labels, plain or .gz, as MNIST has."""
-    wanted = divided({"train": "train", "test": "t10k"}, part)
+    wanted = divided({"train": "train", "test": "t10k"}, part, folder)
     splits = {name: idx_split(folder, prefix) for name, prefix in wanted.items()}
     count = int(next(iter(splits.values())).labels.max(initial=-1)) + 1
     return Source([str(label) for label in range(count)], splits)
@@ -41,13 +39,41 @@ def idx_split(folder: Path, part: str) -> Split:
             f"{folder} holds {len(images)} {part} images but {len(labels)} labels: replace them."
         )
     if images[0].size > PIXELS:
-        raise InputError(f"{folder} holds {part} images of absurd dimensions: replace them.")
-    return Split(
-        labels.astype(np.int64),
-        lambda row: Image.fromarray(np.array(images[row])),
-        lambda row: f"{path}#{row}",
-        lambda row: state,
-    )
+        raise InputError(f"{folder} holds {part} images of over {PIXELS} pixels: replace them.")
+    return Split.of(Pixels(path, images, state), labels)
+
+
+class Pixels(Rows):
+    """The images of an IDX file.
+
+    Args:
+        path: of the file.
+        images: uint8 (N, H, W).
+        state: size and time of the file.
+    """
+
+    def __init__(self, path: Path, images: NDArray[np.uint8], state: list[int]) -> None:
+        self.file, self.images, self.stated = path, images, state
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, row: int) -> Image.Image:
+        image = Image.fromarray(np.array(self.images[row]))
+        image.filename = self.name(row)  # type: ignore[attr-defined]
+        return image
+
+    def name(self, row: int) -> str:
+        return f"{printable(self.file)}#{row}"
+
+    def state(self, row: int) -> object:
+        return self.stated
+
+    def size(self, row: int) -> int:
+        return int(self.images[row].size)
+
+    def content(self, row: int) -> bytes:
+        return hashlib.sha256(self.images[row].tobytes()).digest()
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:

@@ -1,21 +1,25 @@
 """A user's images, from any source: labelled by it, decoded and preprocessed in batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
+from opnp.data.decoding import printable
 from opnp.data.preprocessing import Preprocessing
 from opnp.data.sources import open_part
-from opnp.data.splits import Split
+from opnp.data.splits import Joined, Split
 from opnp.errors import InputError
 
 __all__ = ["Batch", "Images", "find"]
 
+T = TypeVar("T")
+
+AT_ONCE = 1024  # waiting for a thread
 DECODERS = 4  # threads: Pillow decodes without holding Python's lock
 
 
@@ -58,10 +62,11 @@ class Images:
         Raises:
             InputError: one is no file of its own, but a row of another.
         """
-        paths = [Path(self.name(row)) for row in range(len(self))]
-        if other := next((path for path in paths if not path.is_file()), None):
-            raise InputError(f"{other} is no image file: name a folder of image files.")
-        return paths
+        paths = [self.split.path(row) for row in range(len(self))]
+        if None in paths:
+            name = self.name(paths.index(None))
+            raise InputError(f"{name} is not an image file of its own: name image files.")
+        return [path for path in paths if path]
 
     def name(self, row: int) -> str:
         """The path of an image, or ``file#row``, counted from 0."""
@@ -77,6 +82,21 @@ class Images:
         with ThreadPoolExecutor(DECODERS) as pool:
             found = pool.map(self.split.state, rows)
             return [[self.name(row), state] for row, state in zip(rows, found, strict=True)]
+
+    def also_in(self, other: "Images") -> list[int]:
+        """Rows of the images that are among others as well.
+
+        Images are compared by what is stored, not by name: copies, links and other paths to a file
+        are the same image, and so is a row of a Parquet file that holds a file's bytes. Only images
+        of equal size are read. Of data sets of libraries, rows are compared by name.
+        """
+        own, others = (list(in_threads(each.split.size, len(each))) for each in (self, other))
+        shared = {size for size in set(own) & set(others) if size >= 0}
+        ours = [row for row, size in enumerate(own) if size in shared]
+        theirs = [row for row, size in enumerate(others) if size in shared]
+        known = set(in_threads(lambda at: other.split.content(theirs[at]), len(theirs))) - {None}
+        found = in_threads(lambda at: self.split.content(ours[at]), len(ours))
+        return [row for row, content in zip(ours, found, strict=True) if content in known]
 
     def labels(self, classes: Sequence[str]) -> NDArray[np.int64] | None:
         """Labels (N,) among a model's classes; None if no image is of a class named like one.
@@ -127,6 +147,13 @@ class Images:
                 yield Batch(list(whole), list(whole.values()), lost)
 
 
+def in_threads(work: Callable[[int], T], count: int) -> Iterator[T]:
+    """The results of work that waits for files, for 0 to ``count`` − 1, in order."""
+    with ThreadPoolExecutor(DECODERS) as pool:
+        for start in range(0, count, AT_ONCE):
+            yield from pool.map(work, range(start, min(start + AT_ONCE, count)))
+
+
 def find(*places: str | Path, part: str = "test", asked: str = "") -> Images:
     """Images of sources, as `opnp.data.sources.open_part` opens them.
 
@@ -144,35 +171,14 @@ def find(*places: str | Path, part: str = "test", asked: str = "") -> Images:
     number = {name: label for label, name in enumerate(classes)}
     for place, source in zip(places, opened, strict=True):
         [(name, split)] = source.splits.items()
-        words.append(str(place) if name == "all" else f"the {name} split of {place}")
+        where = printable(place)
+        words.append(where if name == "all" else f"the {name} split of {where}")
         own = np.array([*(number[each] for each in source.classes), -1], np.int64)
         known = (split.labels >= 0) & (split.labels < len(source.classes))
         labels = own[np.where(known, split.labels, -1)]
         splits.append(split.select(np.arange(len(split)), labels))
-    found = Images(", ".join(words), classes, joined(splits))
+    together = Split.of(Joined(splits), np.concatenate([split.labels for split in splits]))
+    found = Images(", ".join(words), classes, together)
     if not len(found):
-        raise InputError(f"{asked} {found.source} holds no image: add some.".strip())
+        raise InputError(f"{asked} {found.source} holds no images: add some.".strip())
     return found
-
-
-def joined(splits: Sequence[Split]) -> Split:
-    """The images of all, one split after the other."""
-    ends = np.cumsum([len(split) for split in splits])
-
-    def at(row: int) -> tuple[Split, int]:
-        place = int(np.searchsorted(ends, row, side="right"))
-        return splits[place], row - int(ends[place]) + len(splits[place])
-
-    def load(row: int) -> Image.Image:
-        split, own = at(row)
-        return split.load(own)
-
-    def name(row: int) -> str:
-        split, own = at(row)
-        return split.name(own)
-
-    def state(row: int) -> object:
-        split, own = at(row)
-        return split.state(own)
-
-    return Split(np.concatenate([split.labels for split in splits]), load, name, state)

@@ -1,8 +1,9 @@
 """Image sets on disk: Parquet in the Hugging Face image layout, and a manifest of them."""
 
+import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from itertools import islice
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from opnp.data.decoding import decode
 from opnp.data.preprocessing import fit
-from opnp.data.splits import Example
+from opnp.data.splits import Example, Unreadable
 from opnp.errors import InputError
 from opnp.runtime.files import atomic, digest, read_json
 from opnp.runtime.storage import RemoteFile
@@ -45,6 +46,7 @@ class ImageSet:
         sha256: of the Parquet file.
         unreadable: images of the source that were left out, since they cannot be decoded; all of
             the ID source's are named with ``train``.
+        also_id: images of an OOD set that are ID images, too.
     """
 
     role: str
@@ -53,6 +55,7 @@ class ImageSet:
     classes: dict[str, int]
     sha256: str
     unreadable: list[str] = field(default_factory=list)
+    also_id: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,8 +87,9 @@ class Manifest:
     def as_json(self) -> dict[str, Any]:
         values = asdict(self)
         for entry in values["sets"].values():
-            if not entry["unreadable"]:
-                del entry["unreadable"]
+            for name in ("unreadable", "also_id"):
+                if not entry[name]:
+                    del entry[name]
         if not values["missing"]:
             del values["missing"]
         return values
@@ -132,6 +136,7 @@ def write(
     limit: int | None = None,
     resize: int | None = None,
     interpolation: str = "bilinear",
+    unreadable: Unreadable | None = None,
 ) -> ImageSet:
     """Write images as PNG into a Parquet file, each of them ``size`` × ``size`` in ``mode``.
 
@@ -143,12 +148,13 @@ def write(
         size: side in pixels.
         mode: L or RGB.
         classes: names of the classes, recorded in the schema; none for OOD sets.
-        limit: take only the first so many.
+        limit: how many are written at most.
         resize: see `opnp.data.preprocessing.fit`.
         interpolation: see `opnp.data.preprocessing.fit`.
+        unreadable: takes images that cannot be prepared; without it the first is an error.
 
     Raises:
-        InputError: there are no images.
+        InputError: there are no images, or more cannot be prepared than may be left out.
     """
     label = (
         {"names": classes, "_type": "ClassLabel"}
@@ -160,18 +166,24 @@ def write(
         [("image", IMAGE), ("label", pa.int64())],
         {"huggingface": json.dumps({"info": {"features": features}})},
     )
+    unreadable = unreadable or Unreadable()
+
+    def prepared() -> Iterator[tuple[bytes, int]]:
+        for image, y in examples:
+            try:
+                yield png(fit(image, size, mode, resize, interpolation)), y
+            except InputError as error:
+                unreadable.add(str(getattr(image, "filename", "")), error)
+
     labels: Counter[int] = Counter()
-    remaining = islice(examples, limit)
+    remaining = islice(prepared(), limit)
     count = 0
     with atomic(path) as temporary:
         with pq.ParquetWriter(
             temporary, schema, compression="none", write_page_checksum=True
         ) as writer:
             # Fitted one by one: so many photographs in full would not fit in memory.
-            while group := [
-                (png(fit(image, size, mode, resize, interpolation)), y)
-                for image, y in islice(remaining, ROW_GROUP)
-            ]:
+            while group := list(islice(remaining, ROW_GROUP)):
                 images = [
                     {"bytes": data, "path": f"{count + row:08d}.png"}
                     for row, (data, _) in enumerate(group)
@@ -186,6 +198,27 @@ def write(
             )
     per_class = {classes[y]: labels[y] for y in sorted(labels)} if classes else {}
     return ImageSet(role, source, count, per_class, digest(path))
+
+
+def also_id(inside: Iterable[Path], outside: Mapping[str, Path]) -> dict[str, int]:
+    """How many images of OOD sets are ID images, too, once both are prepared alike.
+
+    Args:
+        inside: files of ID images.
+        outside: files of OOD images, by name.
+    """
+    of = {name: set(digests(path)) for name, path in outside.items()}
+    wanted = set[bytes]().union(*of.values())
+    known = {each for path in inside for each in digests(path) if each in wanted}
+    return {name: sum(each in known for each in digests(outside[name])) for name in of}
+
+
+def digests(path: Path) -> Iterator[bytes]:
+    """Of all images of a file, in order."""
+    with pq.ParquetFile(path, pre_buffer=False) as file:
+        for batch in file.iter_batches(ROW_GROUP, columns=["image.bytes"]):
+            for image in batch.column("image").field("bytes"):
+                yield hashlib.blake2b(image.as_buffer(), digest_size=16).digest()
 
 
 def png(image: Image.Image) -> bytes:

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from opnp.data.decoding import UNDECODABLE, whole
-from opnp.data.splits import Source, Split
+from opnp.data.decoding import check_size, faults_of
+from opnp.data.splits import Rows, Source, Split
 from opnp.errors import InputError, UnavailableError
 
 __all__ = ["LIBRARIES", "open_collection"]
@@ -55,7 +55,7 @@ def open_collection(spec: str, part: str | None = None) -> Source:
     """
     library, _, name = spec.partition(":")
     if library == "pytorch-ood" and part is None:
-        raise InputError(f"{spec} has no labels: take it for an OOD set, not for data.id.")
+        raise InputError(f"{spec} has no labels: take it for an OOD set, not for ID images.")
     factory = named(library, name)
     accepted = set(inspect.signature(factory).parameters)
     sets = {}
@@ -66,7 +66,7 @@ def open_collection(spec: str, part: str | None = None) -> Source:
             break
         sets[each if part is None else split] = (f"{spec}/{split}", data)
     splits = {
-        split: split_of(data, where, labels_of(data, where, part is None))
+        split: Split.of(Items(data, where), labels_of(data, where, part is None))
         for split, (where, data) in sets.items()
     }
     first = next(iter(sets.values()))[1]
@@ -126,29 +126,46 @@ def opened(spec: str, factory: Any, accepted: set[str], part: str) -> tuple[str,
     raise InputError(f"{spec} cannot be opened as a set of images ({refused}): name another.")
 
 
-def split_of(dataset: Any, where: str, labels: NDArray[np.int64]) -> Split:
-    def name(row: int) -> str:
-        return f"{where}#{row}"
+class Items(Rows):
+    """The images of a data set of another library, as the library gives them.
 
-    def load(row: int) -> Image.Image:
-        try:
-            image = dataset[row][0]
-            if not isinstance(image, Image.Image):
-                raise TypeError(f"{type(image).__name__} is no image")
-            return whole(image, name(row))  # some are opened only
-        except InputError:
-            raise
-        except (*UNDECODABLE, TypeError) as error:
-            raise InputError(f"{name(row)} is not a whole image ({error}): remove it.") from None
+    Args:
+        dataset: gives pairs of an image and something else.
+        where: names it and its split.
+    """
 
-    def state(row: int) -> object:  # which files it is of, the library alone knows
+    def __init__(self, dataset: Any, where: str) -> None:
+        self.dataset, self.where = dataset, where
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def load(self, row: int) -> Image.Image:
+        image = self.dataset[row][0]
+        if not isinstance(image, Image.Image):
+            raise TypeError(f"the library gives {type(image).__name__}")
+        check_size(image, self.name(row))
+        image.load()  # some are opened only
+        image.filename = self.name(row)  # type: ignore[attr-defined]
+        return image
+
+    def name(self, row: int) -> str:
+        return f"{self.where}#{row}"
+
+    def state(self, row: int) -> object:  # which files it is of, the library alone knows
         try:
-            image = load(row)
-            return [image.mode, *image.size, hashlib.sha256(image.tobytes()).hexdigest()]
+            with faults_of(self.name(row)):
+                image = self.load(row)
+                return [image.mode, *image.size, hashlib.sha256(image.tobytes()).hexdigest()]
         except InputError as error:
             return str(error)
 
-    return Split(labels, load, name, state)
+    def size(self, row: int) -> int:
+        return 0
+
+    def content(self, row: int) -> bytes:
+        """Of its name: to decode all images of a data set would take too long."""
+        return hashlib.sha256(self.name(row).encode()).digest()
 
 
 def labels_of(dataset: Any, where: str, needed: bool) -> NDArray[np.int64]:

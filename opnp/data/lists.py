@@ -9,11 +9,11 @@ import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from opnp.data.folders import file_split
+from opnp.data.decoding import printable
 from opnp.data.parquet import IMAGE_COLUMNS, column_names
-from opnp.data.parts import HELD_OUT, divided
-from opnp.data.splits import Source
-from opnp.errors import InputError
+from opnp.data.parts import divided, split_named
+from opnp.data.splits import Files, Source, Split
+from opnp.errors import InputError, first_line
 
 
 def is_manifest(path: Path) -> bool:
@@ -23,9 +23,10 @@ def is_manifest(path: Path) -> bool:
 
 
 def open_manifest(path: Path, part: str | None) -> Source:
-    """Image files listed in columns ``path`` and ``label``, and ``split`` (train, test) if divided.
+    """Image files listed in columns ``path`` and ``label``, and ``split`` if it is divided.
 
     Paths are relative to the manifest. Classes are the labels that occur, numbers in their order.
+    Splits are named as in `opnp.data.parts`.
 
     Raises:
         InputError: a column or value is missing, a path leads out of the manifest's folder, or a
@@ -39,15 +40,17 @@ def open_manifest(path: Path, part: str | None) -> Source:
     classes = sorted(known, key=(lambda label: (int(label), label)) if numbers else None)
     number = {name: label for label, name in enumerate(classes)}
     rows: dict[str, list[int]] = {}
-    for row, split in enumerate(columns.get("split", ["all"] * len(places))):
-        if split not in ("train", *HELD_OUT) and "split" in columns:
+    for row, named in enumerate(columns.get("split", ["all"] * len(places))):
+        split = split_named(named or "") if "split" in columns else named
+        if split is None:
             raise InputError(
-                f"Row {row} of {path} is of split {split!r}: call splits train and test."
+                f"Row {row} of {path} is of split {named!r}, and known are train, validation and "
+                "test: correct it."
             )
         rows.setdefault(split, []).append(row)
     if not places:
         raise InputError(f"{path} lists no images: fill it.")
-    found = divided(rows, part) if "split" in columns else rows
+    found = divided(rows, part, path)
     if "train" in found and part is None:
         trained = {labels[row] for row in found["train"]}
         if unknown := sorted({labels[row] for row in found["test"]} - trained):
@@ -57,7 +60,7 @@ def open_manifest(path: Path, part: str | None) -> Source:
     splits = {}
     for split, chosen in found.items():
         y = [number.get(labels[row], -1) for row in chosen]
-        splits[split] = file_split([places[row] for row in chosen], np.array(y, np.int64))
+        splits[split] = Split.of(Files([places[row] for row in chosen]), np.array(y, np.int64))
     return Source(classes, splits)
 
 
@@ -76,8 +79,9 @@ def read_manifest(path: Path, needed: tuple[str, ...]) -> dict[str, list[str]]:
             if name in table.column_names
         }
     except (OSError, pa.ArrowException) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path} is no whole manifest ({reason}): replace it.") from None
+        raise InputError(
+            f"{path} is not a whole table of images ({first_line(error)}): replace it."
+        ) from None
     for name in needed:
         if name not in columns:
             raise InputError(f"{path} has no column {name}: add it.")
@@ -90,11 +94,14 @@ def read_manifest(path: Path, needed: tuple[str, ...]) -> dict[str, list[str]]:
 def inside(manifest: Path, row: int, place: str) -> str:
     """The path of a manifest's row, which must not lead out of the manifest's folder."""
     full = os.path.join(manifest.parent, place)  # noqa: PTH118
-    if Path(place).is_absolute() or not Path(full).resolve().is_relative_to(
-        manifest.parent.resolve()
-    ):
+    try:
+        stays = Path(full).resolve().is_relative_to(manifest.parent.resolve())
+    except (OSError, RuntimeError, ValueError):  # a link to itself, or a name that cannot be one
+        stays = True  # and cannot be read
+    if Path(place).is_absolute() or not stays:
         raise InputError(
-            f"Row {row} of {manifest} is {place}, which leads out of {manifest.parent}/: put the "
-            "manifest above all its images, and write paths relative to it."
+            f"Row {row} of {manifest} is {printable(place)}, which leads out of "
+            f"{manifest.parent}/: put the manifest above all its images, and write paths relative "
+            "to it."
         )
     return full

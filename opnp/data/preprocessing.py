@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from math import ceil, floor
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from opnp.data.colors import bands, check_values, memory_of, seen
+from opnp.data.decoding import MEMORY, check_size, faults_of
 from opnp.errors import InputError
 
 __all__ = ["INTERPOLATIONS", "Preprocessing", "fit"]
@@ -19,6 +22,51 @@ INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
     "bicubic": Image.Resampling.BICUBIC,
 }
+REACH = {"bilinear": 1, "bicubic": 2}  # pixels that the filter takes in on each side
+WHOLE = 3_000_000  # pixels of a scaled image that may be computed and cropped away
+LARGEST = 2048  # pixels of a side: what larger images would take in memory is not bounded
+
+
+@dataclass(frozen=True)
+class Axis:
+    """How one axis of an image is read, scaled and cropped.
+
+    Attributes:
+        start: first pixel that is read.
+        stop: pixel after the last that is read.
+        span: what is scaled, from and to, in pixels after ``start``.
+        scaled: pixels that it is scaled to.
+        offset: the first of these that is kept.
+    """
+
+    start: int
+    stop: int
+    span: tuple[float, float]
+    scaled: int
+    offset: int
+
+    @classmethod
+    def square(cls, length: int, side: int, size: int) -> Self:
+        """The central ``side`` pixels of an axis, scaled to ``size``."""
+        start = (length - side) // 2
+        return cls(start, start + side, (0, side), size, 0)
+
+    @classmethod
+    def scaled_whole(cls, length: int, scaled: int, resize: int, size: int, reach: int) -> Self:
+        """An axis scaled to ``scaled`` pixels, the central ``size`` of them kept.
+
+        All of it is scaled, as torchvision and timm do, unless the image is so thin that this would
+        take much memory: then only the part that is kept, with as many pixels beside it as the
+        filter reaches. That part begins between two pixels, at a place that Pillow rounds to 24
+        bits, which can change values by one level.
+        """
+        offset = round((scaled - size) / 2)
+        if scaled * resize <= WHOLE:
+            return cls(0, length, (0, length), scaled, offset)
+        scale = length / scaled
+        first, last, margin = offset * scale, (offset + size) * scale, reach * max(1, scale) + 1
+        start, stop = max(0, floor(first - margin)), min(length, ceil(last + margin))
+        return cls(start, stop, (first - start, min(last - start, stop - start)), size, 0)
 
 
 def fit(
@@ -30,28 +78,57 @@ def fit(
 ) -> Image.Image:
     """Scale and crop to ``size`` × ``size``, and convert to ``mode`` (L or RGB).
 
+    Beside the image itself this takes little memory, or as much as decoding may (`MEMORY`): what
+    the result does not need is not computed.
+
     Args:
-        image: of any size and mode.
+        image: of any size and mode; its ``filename``, if any, names it in errors.
         size: side in pixels.
         mode: L or RGB.
-        resize: the shorter side is scaled to so many pixels, then the centre is cropped, as
-            torchvision's and timm's evaluation transforms do; without it the largest square in the
+        resize: the shorter side is scaled to this many pixels, then the centre is cropped, as the
+            evaluation transforms of torchvision and timm do; without it the largest square in the
             centre is cropped, then scaled.
         interpolation: a key of `INTERPOLATIONS`.
+
+    Raises:
+        InputError: the image has no equivalent in 8 bits, see `opnp.data.colors`, or is damaged.
     """
-    image, filter = image.convert(mode), INTERPOLATIONS[interpolation]
-    width, height = image.size
-    if resize is not None:
-        shorter = min(width, height)
-        if shorter != resize:
-            width, height = (resize * side // shorter for side in (width, height))
-            image = image.resize((width, height), filter)
-        left, top = round((width - size) / 2), round((height - size) / 2)
-        return image.crop((left, top, left + size, top + size))
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    square = image.crop((left, top, left + side, top + side))
-    return square if side == size else square.resize((size, size), filter)
+    where = str(getattr(image, "filename", "")) or "The image"
+    with faults_of(where):
+        check_size(image, where)
+        check_values(image, where)
+        filter, shorter = INTERPOLATIONS[interpolation], min(image.size)
+        if resize is None:
+            x, y = (Axis.square(length, shorter, size) for length in image.size)
+        else:
+            reach = REACH[interpolation]
+            x, y = (
+                Axis.scaled_whole(length, resize * length // shorter, resize, size, reach)
+                for length in image.size
+            )
+        box = (x.start, y.start, x.stop, y.stop)
+        if memory_of(image, box, mode) <= MEMORY:
+            span = (x.span[0], y.span[0], x.span[1], y.span[1])
+            scaled = seen(image, box, mode).resize((x.scaled, y.scaled), filter, span)
+            return scaled.crop((x.offset, y.offset, x.offset + size, y.offset + size))
+        return fit_in_bands(image, x, y, size, mode, filter)
+
+
+def fit_in_bands(
+    image: Image.Image, x: Axis, y: Axis, size: int, mode: str, filter: Image.Resampling
+) -> Image.Image:
+    """What `fit` does, some rows at a time: at first along x, then along y.
+
+    Pillow may take the axes in the other order, which changes values by a level or a few.
+    """
+    columns = Image.new(mode, (size, y.stop - y.start))
+    for box in bands((x.start, y.start, x.stop, y.stop), x.scaled):
+        rows = box[3] - box[1]
+        span = (x.span[0], 0, x.span[1], rows)
+        part = seen(image, box, mode).resize((x.scaled, rows), filter, span)
+        columns.paste(part.crop((x.offset, 0, x.offset + size, rows)), (0, box[1] - y.start))
+    scaled = columns.resize((size, y.scaled), filter, (0, y.span[0], size, y.span[1]))
+    return scaled.crop((0, y.offset, size, y.offset + size))
 
 
 @dataclass(frozen=True)
@@ -84,7 +161,7 @@ class Preprocessing:
     def __post_init__(self) -> None:
         channels = {"L": 1, "RGB": 3}.get(self.mode)
         for name, sound, wanted in (
-            ("size", is_count(self.size), "a number of pixels"),
+            ("size", is_side(self.size), f"a number of pixels up to {LARGEST}"),
             ("mode", channels is not None, "L or RGB"),
             ("mean", are_numbers(self.mean, channels), "a number for each channel"),
             (
@@ -94,8 +171,8 @@ class Preprocessing:
             ),
             (
                 "resize",
-                self.resize is None or (is_count(self.resize) and self.resize >= self.size),
-                f"at least the size, {self.size}, or none",
+                self.resize is None or (is_side(self.resize) and self.resize >= self.size),
+                f"at least the size, {self.size}, and at most {LARGEST}, or none",
             ),
             (
                 "interpolation",
@@ -187,8 +264,8 @@ class Preprocessing:
         return (images - mean) / std
 
 
-def is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def is_side(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= LARGEST
 
 
 def are_numbers(values: object, count: int | None) -> bool:

@@ -2,9 +2,9 @@
 
 They stand in for the OOD data that a mask search must not see. Each family destroys something else
 (global shape, texture, phase, contrast, pose, scale), and the search averages over several: one
-family alone is a poor guide. Those in `opnp.data.families.NATURAL` have the statistics of natural
-images or of drawings and follow real OOD data most closely; noise and jigsaws are easy for some
-masks in ways that tell nothing about real images.
+family alone is a poor guide. The `NATURAL` families have the statistics of natural images or of
+drawings and follow real OOD data most closely; noise and jigsaws are easy for some masks in ways
+that tell nothing about real images.
 
 An image depends only on the seed, its family and its index, never on how the work is divided.
 Images are float32 in [0, 1], shape (C, H, W), in the backbone's input space before normalization.
@@ -16,11 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from opnp.data.families import DEFAULT, check
-from opnp.errors import InputError
+from opnp.errors import InputError, did_you_mean
 from opnp.runtime.seeds import generator
 
-__all__ = ["DEFAULT", "FAMILIES", "make"]
+__all__ = ["FAMILIES", "NATURAL", "make"]
 
 Image = NDArray[np.float32]
 Rng = np.random.Generator
@@ -200,6 +199,9 @@ FAMILIES: dict[str, Callable[[Image, Image, Rng], Image]] = {
 }
 """Every family by name; each maps (image, another image, generator) to a proxy outlier."""
 
+NATURAL = ("phase", "blobs", "zoom", "blur", "strokes", "rotation", "inversion")
+"""The families that keep the statistics of natural images."""
+
 
 def make(family: str, images: Image, rows: range, seed: int) -> Image:
     """The proxy outliers of one family for some rows of the validation images.
@@ -216,7 +218,8 @@ def make(family: str, images: Image, rows: range, seed: int) -> Image:
     Raises:
         InputError: there is no such family, or it needs larger images.
     """
-    check((family,))
+    if family not in FAMILIES:
+        raise InputError(f"There is no proxy {family!r}; {did_you_mean(family, FAMILIES)}")
     made = []
     for row in rows:
         rng = generator(seed, f"{family}/{row}")

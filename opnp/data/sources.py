@@ -5,15 +5,16 @@ A source yields (image, label) pairs, one at a time; everything random in it is 
 generator seeded by the run's seed and the source's name, so that it never depends on other sources.
 """
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
+from PIL import Image
 
 from opnp.data import generated
 from opnp.data.files import open_files
 from opnp.data.libraries import LIBRARIES, open_collection
-from opnp.data.splits import Example, Source, Split, Unreadable
+from opnp.data.splits import Example, Rows, Source, Split, Unreadable
 from opnp.errors import InputError, MissingError
 from opnp.runtime.seeds import generator
 
@@ -65,12 +66,7 @@ def open_id(spec: str) -> Source:
     """
     if spec == "digits":
         images, labels = zip(*generated.scanned_digits(), strict=True)
-        split = Split(
-            np.array(labels),
-            images.__getitem__,
-            lambda row: f"digits#{row}",
-            lambda row: "as scikit-learn ships them",
-        )
+        split = Split.of(Scans(images), labels)
         return Source([str(digit) for digit in range(10)], {"all": split})
     if spec.partition(":")[0] in LIBRARIES:
         return open_collection(spec)
@@ -81,6 +77,31 @@ def open_id(spec: str) -> Source:
         f"data.id is {spec!r}, which is neither `digits`, `torchvision:NAME` nor a file or folder "
         "of images: correct it."
     )
+
+
+class Scans(Rows):
+    """scikit-learn's digits."""
+
+    def __init__(self, images: Sequence[Image.Image]) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, row: int) -> Image.Image:
+        return self.images[row]
+
+    def name(self, row: int) -> str:
+        return f"digits#{row}"
+
+    def state(self, row: int) -> object:
+        return "as scikit-learn ships them"
+
+    def size(self, row: int) -> int:
+        return self.images[row].width * self.images[row].height
+
+    def content(self, row: int) -> bytes:
+        return hashlib.sha256(self.images[row].tobytes()).digest()
 
 
 def open_part(spec: str, part: str, asked: str = "") -> Source:

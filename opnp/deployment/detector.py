@@ -7,7 +7,7 @@ images. The pruned head is as large as the unpruned one, so scoring costs no mor
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -165,17 +165,17 @@ class SavedDetector:
         predicted = [classes[each] for each in label]
         return Scores(score, self.threshold.is_ood(score), label, predicted)
 
-    def score(self, images: Sequence[Image.Image | str | Path], batch_size: int = 64) -> Scores:
+    def score(self, images: Iterable[Image.Image | str | Path], batch_size: int = 64) -> Scores:
         """Preprocess and score images, given as Pillow's or as paths of files.
 
         Raises:
             InputError: there are none, or one cannot be read.
         """
         parts = []
-        remaining = iter(images)
-        while batch := list(islice(remaining, batch_size)):
-            pixels = np.stack([self.backbone.preprocessing.pixels(opened(each)) for each in batch])
-            parts.append(self.predict(unit(pixels)))
+        # Decoded one after another: each is freed before the next.
+        pixels = (self.backbone.preprocessing.pixels(opened(each)) for each in images)
+        while batch := list(islice(pixels, batch_size)):
+            parts.append(self.predict(unit(np.stack(batch))))
         if not parts:
             raise InputError("There are no images to score: give at least one.")
         return together(parts)

@@ -190,13 +190,14 @@ def fit(
         device: where the model runs.
 
     Raises:
-        InputError: images cannot be read, some of them only are of the model's classes, its
-            features are not finite, or it could not be loaded again, see
-            `opnp.backbones.backbone.check`.
+        InputError: images cannot be read, some of them only are of the model's classes, all
+            validation images are training images, features are not finite, or the model could not
+            be loaded again, see `opnp.backbones.backbone.check`.
     """
     settings, device = settings or FitSettings(), torch.device(device)
     check(backbone)
     labels = validation.labels(backbone.classes)
+    shared = check_apart(train, validation)
     backbone.classifier.eval().requires_grad_(False).to(device)
     shards, head = Shards(folder, backbone, device, settings), backbone.classifier.head
     train_paths = shards.of_images("train", train)
@@ -233,12 +234,34 @@ def fit(
             "source": validation.source,
             "images": len(h),
             "labels": "none: agreement with the unpruned model" if labels is None else "given",
+            **({"also_training": shared} if shared else {}),
         },
         "unreadable": shards.unreadable,
         "device": device.type,
         "seed": settings.seed,
     }
     return SavedDetector.of(backbone, result.mask, candidate, sensitivity, h, made, settings.accept)
+
+
+def check_apart(train: Images, validation: Images) -> int:
+    """How many validation images are training images as well; a warning says so.
+
+    Raises:
+        InputError: all of them are.
+    """
+    shared = len(validation.also_in(train))
+    if shared == len(validation):
+        raise InputError(
+            f"All {shared} validation images ({validation.source}) are training images as well, so "
+            "that mask and threshold would be chosen on images that the model has seen: keep some "
+            "images out of training."
+        )
+    if shared:
+        logger.warning(
+            "%d of the %d validation images (%s) are training images as well (%s)",
+            *(shared, len(validation), validation.source, train.source),
+        )
+    return shared
 
 
 def sensitivities(

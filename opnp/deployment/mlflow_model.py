@@ -1,16 +1,16 @@
 """Detectors as MLflow models: image bytes in, scores out, over HTTP or in Python.
 
-An MLflow model is a folder with the detector's folder, the code of `opnp` and, where the model is
-a factory of the user's, its code; nothing in it is pickled. MLflow imports this module from it and
-calls `_load_pyfunc`.
+An MLflow model is a folder that holds the detector's folder, the code of `opnp` and, if the user's
+own function makes the classifier, the code of that function; nothing in it is pickled. MLflow
+imports this module from there and calls `_load_pyfunc`.
 
-A request has a row for each image, with the encoded image in the column ``image``: bytes, in JSON
-as base64. What is too much is refused before anything is decoded.
+A request has a row for each image. The column ``image`` holds the encoded image as bytes, in JSON
+as base64. A request above the limits is refused before an image is decoded.
 """
 
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
 from io import BytesIO
@@ -21,7 +21,7 @@ from PIL import Image
 from pydantic import Field
 
 import opnp
-from opnp.data.decoding import UNDECODABLE, decode
+from opnp.data.decoding import check_header, decode
 from opnp.deployment.detector import SavedDetector
 from opnp.deployment.detector import load as load_detector
 from opnp.errors import InputError
@@ -30,24 +30,24 @@ from opnp.runtime.settings import Positive, Settings, validated
 __all__ = ["Limits", "Served", "save"]
 
 REQUIREMENTS = (
-    "mlflow", "torch", "torchvision", "numpy", "pandas", "pyarrow", "pillow", "safetensors",
-    "scikit-learn", "lazy-loader", "pydantic", "rich", "fsspec", "filelock", "fastapi",
-    "uvicorn",
+    "mlflow", "torch", "torchvision", "numpy", "scipy", "pandas", "pyarrow", "pillow",
+    "safetensors", "lazy-loader", "pydantic", "fsspec", "fastapi", "uvicorn",
 )  # fmt: skip
+"""What this module imports, with all modules of `opnp` that it needs."""
 
 
 class Limits(Settings):
-    """What one request may hold."""
+    """The most that one request may hold."""
 
     images: Positive = Field(default=64, description="Number of images.")
-    bytes: Positive = Field(default=20_000_000, description="Size of one encoded image.")
+    bytes: Positive = Field(default=20_000_000, description="Bytes of one encoded image.")
     pixels: Positive = Field(
         default=50_000_000, description="Pixels of one image, as its header states them."
     )
 
 
 class Served:
-    """What MLflow calls: a detector that takes encoded images."""
+    """A detector that takes encoded images, as MLflow calls it."""
 
     def __init__(self, detector: SavedDetector, limits: Limits):
         self.detector = detector
@@ -57,15 +57,17 @@ class Served:
         """Score encoded images.
 
         Args:
-            model_input: a data frame with the column ``image``, of bytes or base64.
-            params: none are known.
+            model_input: a data frame with a row for each image, and the column ``image`` of bytes
+                or base64.
+            params: ignored.
 
         Returns:
-            A data frame with ``score`` (larger means OOD), ``is_ood`` and ``predicted``, a row for
-            each image.
+            A data frame with a row for each image: ``score`` (larger means OOD), ``is_ood`` and
+            ``predicted``, the name of a class.
 
         Raises:
-            mlflow.exceptions.MlflowException: the request is at fault; a server answers 400.
+            mlflow.exceptions.MlflowException: the request is at fault; a server answers with
+                status 400.
         """
         import pandas as pd
         from mlflow.exceptions import MlflowException
@@ -82,23 +84,23 @@ class Served:
             }
         )
 
-    def opened(self, images: Sequence[Any]) -> list[Image.Image]:
-        """Decode images, after a look at how many, how long and how large they all are."""
+    def opened(self, images: Sequence[Any]) -> Iterator[Image.Image]:
+        """Decode images one by one, after checking all of them against the limits."""
         limits = self.limits
         if not images:
             raise InputError("There are no images to score: give at least one.")
         if len(images) > limits.images:
             raise InputError(
-                f"A request of {len(images)} images has more than the {limits.images} allowed."
+                f"The request holds {len(images)} images, more than the {limits.images} allowed."
             )
         whole = [as_bytes(image, f"image {row}") for row, image in enumerate(images)]
         for row, data in enumerate(whole):
             if len(data) > limits.bytes:
                 raise InputError(
-                    f"image {row} is of {len(data)} bytes, more than the {limits.bytes} it may be."
+                    f"image {row} has {len(data)} bytes, more than the {limits.bytes} allowed."
                 )
-            check_pixels(data, f"image {row}", limits.pixels)
-        return [decode(data, f"image {row}") for row, data in enumerate(whole)]
+            check_header(data, f"image {row}", limits.pixels)
+        return (decode(data, f"image {row}") for row, data in enumerate(whole))
 
 
 def as_bytes(image: Any, where: str) -> bytes:
@@ -112,23 +114,16 @@ def as_bytes(image: Any, where: str) -> bytes:
     return bytes(image)
 
 
-def check_pixels(data: bytes, where: str, most: int) -> None:
-    """Refuse an image by what its header states."""
-    try:
-        width, height = Image.open(BytesIO(data)).size
-    except (*UNDECODABLE, Warning) as error:
-        raise InputError(f"{where} is not a whole image ({error}).") from None
-    if width * height > most:
-        raise InputError(f"{where} is of {width} × {height} pixels, more than the {most} allowed.")
-
-
 def _load_pyfunc(path: str, model_config: dict[str, Any] | None = None) -> Served:
-    """Read a detector for MLflow, which calls this by its name.
+    """Load a detector; MLflow calls this function by its name.
 
     Args:
         path: the detector's folder.
-        model_config: `Limits`, and ``trust``: the user's factory that was trusted when the model
-            was logged, whose code lies beside the detector.
+        model_config: the values of `Limits`, and ``trust``, the user's function that was trusted
+            when the model was logged and whose code lies beside the detector.
+
+    Raises:
+        InputError: the detector is damaged, or a value is invalid.
     """
     config = dict(model_config or {})
     trust = config.pop("trust", None)
@@ -140,10 +135,13 @@ def save(detector: Path, path: Path, trust: str | None = None, **kwargs: Any) ->
     """Write a detector's folder as an MLflow model.
 
     Args:
-        detector: its folder.
-        path: the model's folder.
-        trust: the ``package.module:factory`` that may run, if its model is one.
-        kwargs: for `mlflow.pyfunc.save_model`.
+        detector: the detector's folder.
+        path: the folder to write.
+        trust: the ``package.module:factory`` that may run, if the detector's model is one.
+        kwargs: further arguments of `mlflow.pyfunc.save_model`.
+
+    Returns:
+        The detector.
 
     Raises:
         InputError: the detector's folder is damaged, or its model's code is not trusted.
@@ -166,27 +164,33 @@ def save(detector: Path, path: Path, trust: str | None = None, **kwargs: Any) ->
             Schema([ColSpec(of, name) for name, of in columns.items()]),
         ),
         input_example=example(loaded),
-        pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],
+        pip_requirements=requirements(loaded),
         **kwargs,
     )
     return loaded
 
 
+def requirements(detector: SavedDetector) -> list[str]:
+    """The installed versions of the libraries that scoring needs."""
+    timm = ["timm"] if detector.backbone.spec["name"].startswith("timm:") else []
+    return [f"{name}=={version(name)}" for name in (*REQUIREMENTS, *timm)]
+
+
 def code(trust: str | None) -> list[str]:
-    """The code that scoring needs: this package, and a factory's package or file."""
+    """Paths of the code that scoring needs: this package, and the user's package or file."""
     paths = [str(Path(str(opnp.__file__)).parent)]
     if trust:
         found = find_spec(trust.partition(":")[0].partition(".")[0])
         if found is None or found.origin is None:
-            raise InputError(f"The code of {trust} is in no file: install it where it is served.")
+            raise InputError(f"The code of {trust} is not in a file, so it cannot be copied.")
         file = Path(found.origin)
-        if "site-packages" not in file.parts:  # what is installed is installed where it is served
+        if "site-packages" not in file.parts:  # else the server must install it, too
             paths.append(str(file.parent if found.submodule_search_locations else file))
     return paths
 
 
 def example(detector: SavedDetector) -> Any:
-    """One grey image, as a data frame."""
+    """A request of one grey image."""
     import pandas as pd
 
     preprocessing = detector.backbone.preprocessing

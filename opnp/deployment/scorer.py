@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from opnp.data.decoding import decode
+from opnp.data.decoding import decode, printable
 from opnp.data.preprocessing import Preprocessing
-from opnp.errors import InputError
 from opnp.pruning.energy import energy_score
 
 __all__ = ["Scorer", "Scores"]
@@ -24,9 +23,9 @@ class Scores:
 
     Attributes:
         score: outlier scores, float32 (N,); larger means OOD.
-        is_ood: score above the threshold, bool (N,).
-        label: class of the greatest logit of the pruned head, int64 (N,).
-        predicted: its name.
+        is_ood: whether the score is above the threshold, bool (N,).
+        label: number of the class with the largest logit of the pruned head, int64 (N,).
+        predicted: name of that class, for each image.
     """
 
     score: NDArray[np.float32]
@@ -39,14 +38,14 @@ class Scores:
 
 
 class Scorer(nn.Module):
-    """From images to logits and outlier scores, as one module, which `opnp export` writes.
+    """Maps images to logits and outlier scores, as one module that can be exported.
 
     Args:
-        preprocessing: of which only the normalization happens here.
-        encoder: maps normalized images to features (N, L).
-        head: pruned already.
-        temperature: T of the energy.
-        clip: features are clipped at this value from above first; None: not.
+        preprocessing: preprocessing of the images; only its normalization happens here.
+        encoder: maps normalized images (N, C, H, W) to features (N, L).
+        head: the pruned head.
+        temperature: temperature T of the energy.
+        clip: value at which features are clipped from above; None does not clip.
     """
 
     def __init__(
@@ -86,10 +85,7 @@ class Scorer(nn.Module):
 def opened(image: Image.Image | str | Path) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
-    try:
-        return decode(Path(image).read_bytes(), str(image))
-    except OSError as error:
-        raise InputError(f"{image} cannot be read ({error.strerror}): correct the path.") from None
+    return decode(Path(image), printable(image))
 
 
 def together(parts: Sequence[Scores]) -> Scores:

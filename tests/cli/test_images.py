@@ -192,7 +192,7 @@ def test_rows_are_named_by_their_file(files: Files) -> None:
     assert found.name(len(files) + 3) == "idx/t10k-images-idx3-ubyte#2"
     assert found.name(2 * len(files) + 3) == "torchvision:MNIST/test#2"
     assert len(found) == 3 * len(files) + 1
-    with pytest.raises(InputError, match=r"of-00002\.parquet#0 is no image file"):
+    with pytest.raises(InputError, match=r"of-00002\.parquet#0 is not an image file"):
         _ = found.paths
 
 
@@ -363,7 +363,7 @@ def test_rows_that_cannot_be_read_are_named_and_left_out(
         file.write(f"{files[2]},zero\n")
     summary = score.score(detector, images.find("list.csv"), Path("scores.parquet"))
     [told] = summary.unreadable
-    assert told.endswith(f"{files[2]} is missing: put it there, or name it no more.")
+    assert told.endswith(f"{files[2]} is missing: put it back, or leave it out.")
 
 
 def test_a_table_of_scores_among_the_images_is_none_of_them(
@@ -383,7 +383,7 @@ def test_a_table_of_scores_among_the_images_is_none_of_them(
         (("--id", "out.csv"), "Row 0 of out.csv is ../a.png, which leads out of"),
         (("--id", "links"), "links/a.png is a link that leads"),
         (("--id", "empty"), "empty holds no images, Parquet or IDX files"),
-        (("--id", "broken.parquet"), "broken.parquet is no whole Parquet file"),
+        (("--id", "broken.parquet"), "broken.parquet is not a whole Parquet file"),
         (("--id", "bare.csv"), "bare.csv has no column path: add it."),
     ],
 )

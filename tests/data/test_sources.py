@@ -200,7 +200,7 @@ def test_one_file_is_a_source_too() -> None:
 
 def test_an_export_that_lacks_a_file_is_refused() -> None:
     exported(Path("mine/train-00001-of-00003.parquet"), digits(4))
-    with pytest.raises(InputError, match=r"1 Parquet file\(s\) of the split train where train-000"):
+    with pytest.raises(InputError, match="holds 1 of the 3 Parquet files of train, such"):
         sources.open_id("mine")
 
 
@@ -372,7 +372,7 @@ def test_an_image_of_absurd_dimensions_is_refused_before_it_is_decoded(
     monkeypatch.setattr(PngImageFile, "load", lambda _: pytest.fail("it was decoded"))
     Path("large.png").write_bytes(png_of(*size))
     for data in (png_of(*size), Path("large.png")):
-        with pytest.raises(InputError, match=r"^large\.png is .*(pixels|decompression bomb)"):
+        with pytest.raises(InputError, match=r"^large\.png (has|is) .*(pixels|bomb)"):
             decoding.decode(data, "large.png")
 
 
@@ -422,7 +422,7 @@ def test_images_that_cannot_be_read_are_left_out_named_and_counted(kind: str) ->
     unreadable = Unreadable(2)
     assert len(ood(spec, unreadable)) == 10
     assert sorted(unreadable.images) == sorted(bad)
-    with pytest.raises(InputError, match=r"2 images cannot be read, more than .*\(1\) allows"):
+    with pytest.raises(InputError, match="2 images cannot be read, more than the 1 that"):
         ood(spec, Unreadable(1))
     with pytest.raises(InputError, match="is missing" if kind == "missing" else "not a whole"):
         ood(spec)

@@ -286,7 +286,7 @@ def test_images_that_are_none(detector: SavedDetector, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(InputError, match=r"text\.png is not a whole image"):
         detector.score([tmp_path / "text.png"])
-    with pytest.raises(InputError, match=r"absent\.png cannot be read"):
+    with pytest.raises(InputError, match=r"absent\.png is missing"):
         detector.score([tmp_path / "absent.png"])
     with pytest.raises(InputError, match="no images to score"):
         detector.score([])

@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import packages_distributions
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,31 @@ def test_what_is_logged(registered: Path) -> None:
     assert not [path for path in folder.rglob("*") if path.suffix in {".pkl", ".pickle", ".pyc"}]
 
 
+IMPORTS = """
+import ast, sys
+import opnp.deployment.mlflow_model
+
+for name in [name for name in sys.modules if name.split(".")[0] == "opnp"]:
+    with open(sys.modules[name].__file__) as file:
+        for node in ast.walk(ast.parse(file.read())):
+            if isinstance(node, ast.Import):
+                print(*(alias.name.split(".")[0] for alias in node.names))
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                print(node.module.split(".")[0])
+"""
+
+
+def test_the_requirements_name_what_the_code_imports(tmp_path: Path) -> None:
+    done = run_program("python", "-c", IMPORTS, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    imported = set(done.stdout.split()) - sys.stdlib_module_names - {"opnp"}
+    distributions = packages_distributions()
+    named = {"mlflow", *mlflow_model.REQUIREMENTS, "timm"}  # timm where the model is of timm
+    lacking = {name for name in imported if not named & set(distributions[name])}
+    assert not lacking
+    assert {"mlflow", "torch", "pydantic"} <= imported
+
+
 @pytest.mark.parametrize(
     ("config", "said"),
     [
@@ -225,7 +251,7 @@ def test_mlflow_serves_it(registered: Path) -> None:
             (rows(b"no image"), "image 0 is not a whole image"),
             (rows(images[0], images[1][:60]), "image 1 is not a whole image"),
             (rows(absurd()), "pixels"),
-            (rows(*images[:1] * 65), "65 images has more than the 64 allowed"),
+            (rows(*images[:1] * 65), "65 images, more than the 64 allowed"),
             (rows(b"x" * 20_000_001), "20000001 bytes, more than the 20000000"),
             ({"dataframe_records": [{"picture": "x"}]}, "image"),
             ({"dataframe_records": []}, ""),

@@ -8,7 +8,6 @@ never more images than a row group holds.
 import json
 import shutil
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +146,7 @@ def id_sets(parameters: Parameters) -> dict[str, ImageSet]:
             limit,
             data.resize,
             data.interpolation,
+            unreadable,
         )
 
     sets = {name: write(name, name, split, names) for name, split in chosen.items()}
@@ -211,19 +211,20 @@ def ood_set(parameters: Parameters, name: str) -> dict[str, ImageSet]:
     role, source = ood_sets(parameters)[name]
     unreadable = Unreadable(data.max_unreadable)
     examples = sources.open_ood(source, data.image_size, data.seed, unreadable)
-    limited = islice(examples, data.ood_count)
     path = data_file(name, workspace.FETCHED)
     try:
         entry = imagesets.write(
             path,
             role,
             source,
-            limited,
+            examples,
             data.image_size,
             data.mode,
             [],
-            resize=data.resize,
-            interpolation=data.interpolation,
+            data.ood_count,
+            data.resize,
+            data.interpolation,
+            unreadable,
         )
     except (MissingError, UnavailableError) as error:
         if data.missing == "refuse" or role not in KINDS:
@@ -250,12 +251,35 @@ def manifest(parameters: Parameters, sets: dict[str, ImageSet]) -> Manifest:
             f"None of the OOD sets is there ({', '.join(missing)}): get one of them at least, as "
             "the lines above say."
         )
+    also_id = count_id_images(sets)
     return Manifest(
         data_parameters(parameters),
         list(sets["train"].classes),
-        {name: sets[name] for name in wanted if name in sets},
+        {
+            name: replace(sets[name], also_id=also_id.get(name, 0))
+            for name in wanted
+            if name in sets
+        },
         missing,
     )
+
+
+def count_id_images(sets: dict[str, ImageSet]) -> dict[str, int]:
+    """How many images of each OOD set are ID images, too; a line says so.
+
+    Raises:
+        InputError: all images of a set are.
+    """
+    files = {name: data_file(name, workspace.FETCHED) for name in sets}
+    inside = [files.pop(name) for name in ("train", "validation", "test") if name in files]
+    found = imagesets.also_id(inside, files)
+    for name, count in found.items():
+        of = f"images of the OOD set {name.split('/')[1]} ({sets[name].source})"
+        if count == sets[name].count:
+            raise InputError(f"All {count} {of} are ID images as well: name other images for it.")
+        if count:
+            print(f"fetch: {count} of the {sets[name].count} {of} are ID images as well")
+    return found
 
 
 def finish(manifest: Manifest) -> None:
