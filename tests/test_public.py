@@ -8,8 +8,8 @@ import pytest
 import opnp
 
 NAMES = {
-    "OPNP", "Grid", "InputError", "PruningMask", "SavedDetector", "load", "neuron_sensitivity",
-    "parameter_sensitivity", "search_masks",
+    "OPNP", "InputError", "PruningMask", "SavedDetector", "SearchSettings", "load",
+    "neuron_sensitivity", "parameter_sensitivity", "search_masks",
 }  # fmt: skip
 
 
