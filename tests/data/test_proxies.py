@@ -228,6 +228,6 @@ def test_an_image_as_small_as_its_jigsaw_is_shuffled() -> None:
     assert np.array_equal(pixels(make("jigsaw-7", images, range(1), seed=0)[0]), pixels(images[0]))
 
 
-def test_an_unknown_family_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"'jigsaw-3'.*jigsaw-2.*blobs"):
+def test_an_unknown_family_is_refused_with_the_nearest() -> None:
+    with pytest.raises(InputError, match=r"'jigsaw-3'; did you mean .*jigsaw-2"):
         make("jigsaw-3", drawn((1, 8, 8)), range(1), seed=0)
