@@ -17,8 +17,31 @@ __all__ = ["EXIT_CODES", "Command", "Group", "new_app"]
 EXIT_CODES = "Exit codes: 0, done; 1, the input is at fault; 2, wrong options."
 
 
+HYPHEN = "\N{NON-BREAKING HYPHEN}"
+
+
+class Formatter(typer.Context.formatter_class):  # type: ignore[misc, valid-type]
+    """Help whose lines do not break within ``--an-option``."""
+
+    def write(self, string: str) -> None:
+        super().write(string.replace(HYPHEN, "-"))
+
+    def write_text(self, text: str) -> None:
+        super().write_text(text.replace("-", HYPHEN))
+
+    def write_dl(self, rows: Any, *sizes: int, **named: int) -> None:
+        kept = [(first, second.replace("-", HYPHEN)) for first, second in rows]
+        super().write_dl(kept, *sizes, **named)
+
+
+class Context(typer.Context):
+    formatter_class = Formatter
+
+
 class Command(TyperCommand):
     """A command that tells what is wrong with its input in one sentence."""
+
+    context_class = Context
 
     def invoke(self, ctx: Any) -> Any:
         logs.show()
@@ -33,6 +56,8 @@ class Command(TyperCommand):
 
 class Group(TyperGroup):
     """Commands whose summaries are shown whole, under the names of their panels."""
+
+    context_class = Context
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {}

@@ -1,4 +1,4 @@
-"""What the program reads from its options and prints of its results."""
+"""What commands read from their options and print about their results."""
 
 import json
 import sys
@@ -8,28 +8,29 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from opnp.errors import InputError
+from opnp.errors import InputError, first_line
 
 if TYPE_CHECKING:
     from opnp.deployment.detector import SavedDetector
 
 
 def read_classes(path: Path | None) -> list[str] | None:
-    """What `--classes` names, one a line."""
+    """The names of the classes in a text file, one on each line."""
     if path is None:
         return None
     try:
         return path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({error}): correct --classes.") from None
+        raise InputError(f"{path} cannot be read ({first_line(error)}).", "classes") from None
 
 
 def find_own_code() -> None:
-    """Let modules be imported from here, as `python -m` does, when a user names code to run."""
+    """Import modules from the current folder too, as `python -m` does, for code the user names."""
     sys.path.insert(0, str(Path.cwd()))
 
 
 def loaded(folder: Path, trust: str | None, device: str | None) -> "SavedDetector":
+    """The detector of a folder, on a device."""
     from opnp.deployment.detector import load as load_detector
 
     if trust is not None:
@@ -38,6 +39,11 @@ def loaded(folder: Path, trust: str | None, device: str | None) -> "SavedDetecto
 
 
 def device_named(name: str | None) -> str:
+    """A device that PyTorch can use; by default the GPU if there is one.
+
+    Raises:
+        InputError: this machine does not have it.
+    """
     import torch
 
     if name is None:
@@ -45,17 +51,18 @@ def device_named(name: str | None) -> str:
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"There is no device {name!r} here ({reason}): leave it out.") from None
+        told = f"This machine has no device {name!r} ({first_line(error)})."
+        raise InputError(told, "device") from None
     return name
 
 
 def told(record: dict[str, Any], as_json: bool, words: Callable[[dict[str, Any]], str]) -> None:
+    """Print a record as JSON or in words."""
     print(json.dumps(record, indent=2) if as_json else words(record))
 
 
 def unreadable(images: Sequence[str]) -> None:
-    """Name the images that were left out, and say so with the exit code."""
+    """Name the images that were left out, and exit with code 3 if there are any."""
     if images:
         print(*images, sep="\n", file=sys.stderr)
         count = "1 image" if len(images) == 1 else f"{len(images)} images"
@@ -64,7 +71,7 @@ def unreadable(images: Sequence[str]) -> None:
 
 
 def describe(of: dict[str, Any]) -> str:
-    """What a detector is and how it was made, in words."""
+    """Describe a detector and how it was made in words, a line for each thing."""
     threshold, mask, made, score = of["threshold"], of["mask"], of["made"], of["score"]
     found, size = made["search"], of["preprocessing"]["size"]
     clip = "" if score["clip"] is None else f", features clipped at {score['clip']:.4g}"
@@ -76,11 +83,12 @@ def describe(of: dict[str, Any]) -> str:
         "score": f"{score['name']}, T = {score['temperature']:g}{clip}; larger means OOD",
         "threshold": f"{threshold['value']:.4g} (95 % interval {low} to {high}) accepts "
         f"{threshold['accept']:g} % of {threshold['samples']} ID validation images",
-        "pruned": f"{mask['pruned']:.1f} % of the head: of the weights the lowest "
-        f"{mask['weights_low']:g} % and the highest {mask['weights_high']:g} %, of the neurons "
-        f"{mask['neurons_low']:g} % and {mask['neurons_high']:g} % ({mask['neuron_sensitivity']})",
+        "pruned": f"{mask['pruned']:.1f} % of the head: the lowest "
+        f"{mask['weights_low']:g} % and highest {mask['weights_high']:g} % of the weights, the "
+        f"lowest {mask['neurons_low']:g} % and highest {mask['neurons_high']:g} % of the neurons "
+        f"(sensitivity: {mask['neuron_sensitivity']})",
         "proxies": f"mean FPR95 {found['fpr95']:.1f} %, unpruned {found['unpruned']['fpr95']:.1f} %"
-        f"; best of {found['candidates']} masks within noise",
+        f"; within noise of the best of {found['candidates']} masks",
         "accuracy": f"{found['accuracy']:.1f} %, unpruned {found['unpruned']['accuracy']:.1f} % "
         f"(labels: {made['validation']['labels']})",
         "made": f"{made['at']} by {made['by']} from {mask['training_images']} training images "
