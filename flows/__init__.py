@@ -1,7 +1,7 @@
 """The pipeline as Prefect flows: one module for each stage, and `pipeline` for all of them.
 
-Settings of the tools are made here, before any of them is imported; what is set in the environment
-wins. No tool reports usage to anybody.
+The tools are configured here, before any of them is imported; variables that are already set in
+the environment win. No tool reports usage to anybody.
 """
 
 import os
@@ -19,12 +19,12 @@ for name, value in {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
     "PREFECT_LOGGING_LEVEL": "WARNING",
-    # A server that goes away is waited for: two minutes, with pauses of 2, 4, … 64 seconds.
+    # Wait two minutes for a server that goes away, with pauses of 2, 4, … 64 seconds.
     "PREFECT_CLIENT_MAX_RETRIES": "6",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "DVC_NO_ANALYTICS": "true",
-    # A tracking server that is down is noticed in seconds, not in minutes.
+    # Notice a tracking server that is down in seconds, not minutes.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }.items():

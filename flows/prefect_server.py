@@ -1,11 +1,11 @@
 """One Prefect server for a whole run.
 
-Where PREFECT_API_URL (or the Prefect profile) names a server, that one is used. Else one is started
-for the run and ends with it: a run is this process, or, under ``dvc repro``, the DVC process above,
-so that all its stages share one server instead of waiting for one each.
+If PREFECT_API_URL or the Prefect profile names a server, the run uses that one. Otherwise the run
+starts a server that ends with it. A run is this process or, under ``dvc repro``, the DVC process
+above it, so that all its stages share one server instead of each waiting for its own.
 
-``python -m flows.prefect_server PID FILE PORT`` is that server: it writes its address to FILE, and
-ends when the process PID does. Where it ends before, the run starts it anew.
+``python -m flows.prefect_server PID FILE PORT`` is that server: it writes its address to FILE and
+ends when the process PID does. If it ends earlier, the run starts it again.
 """
 
 import os
@@ -33,7 +33,7 @@ START_LIMIT = 180.0  # seconds; a first start also creates Prefect's database
 
 
 def owner() -> int:
-    """The process whose end is the end of the run."""
+    """The process with which the run ends."""
     if "DVC_ROOT" in os.environ:
         for ancestor in psutil.Process().parents():
             try:
@@ -49,16 +49,16 @@ def address_file(pid: int) -> Path:
 
 
 def start() -> None:
-    """Start the run's server if it needs one and has none; do not wait for it."""
+    """Start the run's server unless it has one or another is named; do not wait for it."""
     file = address_file(owner())
     if named() or owner() in started or (file.exists() and answers(file.read_text())):
         return
-    file.unlink(missing_ok=True)  # of a server that was killed, and a process number used again
+    file.unlink(missing_ok=True)  # left by a killed server whose owner had the same process number
     launch()
 
 
 def launch(port: int = 0) -> None:
-    """Start a server for the run on the port, 0 for any that is free."""
+    """Start a server for the run on a port; 0 means any free port."""
     words = map(str, (owner(), address_file(owner()), port))
     LOGS.mkdir(exist_ok=True)
     with open(LOGS / "prefect-server.log", "a") as log:
@@ -82,7 +82,7 @@ def named() -> str | None:
 
 
 def answers(url: str) -> bool:
-    """Whether there is a server at ``url``, whatever it answers."""
+    """Whether a server answers at ``url``, no matter what it says."""
     try:
         urllib.request.urlopen(f"{url}/health", timeout=10).close()
     except urllib.error.HTTPError:
@@ -97,7 +97,7 @@ def running() -> Iterator[None]:
     """Run the block against the run's Prefect server.
 
     Raises:
-        InputError: the server did not start, or the one that is named is not there.
+        InputError: the server did not start, or the named one does not answer.
     """
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -124,7 +124,7 @@ def running() -> Iterator[None]:
 
 
 def keep(url: str, ended: threading.Event) -> None:
-    """Start the server anew at the same address whenever it has died; Prefect waits meanwhile."""
+    """Restart the server at the same address whenever it has died; Prefect waits meanwhile."""
     while not ended.wait(1):
         process = started.get(owner())
         if process and process.poll() is None:
@@ -138,10 +138,10 @@ def keep(url: str, ended: threading.Event) -> None:
 
 
 def connect(url: str) -> None:
-    """Connect to a server, which one that is slow to answer allows as well.
+    """Connect to a server, which works even if it is slow to answer.
 
     Raises:
-        OSError: there is none.
+        OSError: nothing listens there.
     """
     socket.create_connection((str(urlsplit(url).hostname), port_of(url)), timeout=10).close()
 
@@ -157,19 +157,19 @@ GONE = ("ConnectError", "All connection attempts failed")
 
 
 def gone(error: BaseException) -> str | None:
-    """What to say of an error that means that the Prefect server went away; None of any other."""
+    """The sentence for an error that means the Prefect server went away; None for others."""
     import httpx
 
     if not isinstance(error, httpx.TransportError):
         return None
     return (
         f"The Prefect server {named() or 'of this run'} went away and did not come back in time: "
-        "start it and run again, which goes on from here."
+        "start it and run again to continue from here."
     )
 
 
 def lost() -> bool:
-    """Whether the server that this process has used is there no more; one that is slow is."""
+    """Whether the server that this process used is gone; a slow server is not."""
     try:
         if used:
             connect(used[-1])
@@ -195,15 +195,15 @@ def address() -> str:
 
 
 def share_gpus(workers: int) -> None:
-    """Let no more tasks tagged `gpu` run at once than there are GPUs, if the server is the run's.
+    """Run at most one task tagged `gpu` for each GPU at once, if the server belongs to the run.
 
     A limit costs each task about two seconds on a server that keeps its state in SQLite, which
-    refuses requests that come together; so there is one only where workers outnumber the GPUs. It
-    is made anew, since tasks that were killed still hold their slots. A server that is named is its
-    administrator's.
+    refuses simultaneous requests; so it is set only if workers outnumber the GPUs. It is set anew
+    each time, since tasks that were killed still hold their slots. A named server is left to its
+    administrator.
 
     Args:
-        workers: how many there are on this machine.
+        workers: number of workers on this machine.
     """
     file = address_file(owner())
     if not file.exists() or file.read_text() != named():
@@ -220,8 +220,8 @@ def share_gpus(workers: int) -> None:
 
 
 def serve(pid: int, file: Path, port: int) -> None:
-    """Serve Prefect's API on a port of loopback, 0 for any, until the process ``pid`` ends."""
-    # As Prefect's own temporary servers: no user interface, no background services.
+    """Serve Prefect's API on a port of loopback (0: any) until the process ``pid`` ends."""
+    # Like Prefect's own temporary servers: no user interface, no background services.
     os.environ |= {
         "PREFECT_UI_ENABLED": "0",
         "PREFECT__SERVER_EPHEMERAL": "1",
@@ -235,7 +235,7 @@ def serve(pid: int, file: Path, port: int) -> None:
     from prefect.server.services.repossessor import monitor_expired_leases
 
     for service in get_perpetual_services():
-        # Frees the GPU of a worker that died (after a minute), for the one that takes its place.
+        # Frees the GPU of a worker that died, after a minute, for the worker that replaces it.
         service.run_in_ephemeral |= service.function is monitor_expired_leases
 
     listener = socket.create_server(("127.0.0.1", port))
@@ -245,7 +245,7 @@ def serve(pid: int, file: Path, port: int) -> None:
         factory=True,
         log_level="error",
         lifespan="on",
-        timeout_graceful_shutdown=5,  # seconds for connections that a client has left open
+        timeout_graceful_shutdown=5,  # seconds to wait for connections that clients left open
     )
     server = uvicorn.Server(config)
 

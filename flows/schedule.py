@@ -1,4 +1,4 @@
-"""Flows that run when it is time: a Prefect server says when, a process that stays runs them."""
+"""Flows on a schedule: a Prefect server says when to run, and a process that stays runs them."""
 
 import asyncio
 import sys
@@ -19,11 +19,13 @@ __all__ = ["due", "serve"]
 
 
 def serve(flow: Any, cron: str | None, interval: float | None, **chosen: str) -> None:
-    """Run the flow when it is time, unless it is still at work, until a signal ends this process.
+    """Run the flow on a schedule until a signal ends this process.
+
+    A run that is due while another is at work is cancelled.
 
     Args:
         flow: the flow.
-        cron: when to run, as a cron line in UTC; else see ``interval``.
+        cron: when to run, as a cron line in UTC; None: see ``interval``.
         interval: seconds from one run to the next.
         chosen: parameters of the flow.
 
@@ -37,13 +39,13 @@ def serve(flow: Any, cron: str | None, interval: float | None, **chosen: str) ->
 
 @contextmanager
 def due(lock: Path = LOCK) -> Iterator[None]:
-    """Run the block as a flow that was due, as `program` does for a command.
+    """Run the block as a scheduled flow, as `program` does for a command.
 
     Args:
-        lock: what to hold.
+        lock: lock file to hold.
 
     Raises:
-        InputError: the input is at fault; the sentence is printed as well.
+        InputError: the input is at fault; the sentence is printed too.
     """
     hide_what_is_told()
     try:
@@ -78,7 +80,7 @@ def run(flow: Any, cron: str | None, interval: float | None, chosen: dict[str, s
             cron=cron,
             interval=interval,
             parameters=chosen,
-            # A run is due once however long it waits: no queue of what a pause has missed.
+            # Do not queue the runs that were missed while the schedule was paused.
             concurrency_limit=ConcurrencyLimitConfig(
                 limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW
             ),
@@ -90,7 +92,7 @@ def run(flow: Any, cron: str | None, interval: float | None, chosen: dict[str, s
     with get_client(sync_client=True) as client, suppress(ObjectNotFound):
         before = client.read_deployment_by_name(f"{flow.name}/{flow.name}")
         if before.work_pool_name:
-            # Of `prefect deploy`: changed into one that is served, it would lack its folder.
+            # `prefect deploy` made it: served from here, it would lack its folder.
             client.delete_deployment(before.id)
     runner = Runner(flow.name, pause_on_shutdown=False)  # see `stay`
     made: Any = runner.add_deployment(deployment)
@@ -108,10 +110,10 @@ def run(flow: Any, cron: str | None, interval: float | None, chosen: dict[str, s
         await asyncio.wait([running, told], return_when=asyncio.FIRST_COMPLETED)
         if not ended.is_set():
             ended.set()
-            await running  # which raises what has ended it
+            await running  # raises the error that ended it
         async with get_client() as client:
-            # First, as there may not be time for all. Prefect would leave a run that is being
-            # started as it is, in the way of others for minutes.
+            # This comes first, since there may not be time for everything. Prefect would leave a
+            # run that is just starting as it is, and it would block others for minutes.
             await client.pause_deployment(made)
             running.cancel()
             with suppress(asyncio.CancelledError):
@@ -124,10 +126,10 @@ def run(flow: Any, cron: str | None, interval: float | None, chosen: dict[str, s
                     )
                 ),
             ):
-                state: Any = Cancelled(message="The process that served it was ended.")
+                state: Any = Cancelled(message="The process that served it has ended.")
                 await client.set_flow_run_state(each.id, state, force=True)
 
-    # In the main thread Prefect would take SIGTERM for itself, and exit amid its event loop.
+    # In the main thread Prefect would handle SIGTERM itself and exit within its event loop.
     with ThreadPoolExecutor(1) as pool:
         try:
             staying = pool.submit(asyncio.run, stay())
