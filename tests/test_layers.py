@@ -80,7 +80,7 @@ def test_mlflow_is_known_to_tracking_alone() -> None:
 def test_the_paper_needs_torch_and_numpy_alone() -> None:
     """And pydantic, for its settings, which are read where torch has not been imported yet."""
     standard = {"collections", "dataclasses", "fractions", "functools", "itertools", "math"}
-    standard |= {"pathlib", "typing"}
+    standard |= {"logging", "pathlib", "typing"}
     for path in (ROOT / "opnp" / "pruning").glob("*.py"):
         tops = {name.split(".")[0] for name in imported(path)}
         libraries = {"pydantic"} if path.name == "settings.py" else {"torch", "numpy"}

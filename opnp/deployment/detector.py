@@ -38,6 +38,7 @@ from opnp.deployment.threshold import Threshold
 from opnp.errors import InputError
 from opnp.pruning.candidates import Candidate
 from opnp.pruning.energy import check_head
+from opnp.pruning.inputs import Numbers, as_features, as_tensor
 from opnp.pruning.masks import PruningMask
 from opnp.pruning.sensitivity import Sensitivity
 from opnp.runtime import tensors
@@ -46,6 +47,8 @@ from opnp.runtime.files import atomic_folder
 __all__ = ["SavedDetector", "load", "provenance"]
 
 SENSITIVITIES = ("weights", "neurons_mean", "neurons_gradient", "neurons_taylor")
+Picture = Image.Image | str | Path
+
 LIBRARIES = ("opnp", "torch", "torchvision", "numpy", "pillow")
 
 
@@ -119,20 +122,21 @@ class SavedDetector:
         return self
 
     @torch.no_grad()
-    def predict(self, images: Tensor) -> Scores:
+    def predict(self, images: Numbers) -> Scores:
         """Score preprocessed images.
 
         Args:
-            images: in [0, 1], not normalized yet, float32 (N, C, H, W).
+            images: in [0, 1], not normalized yet: a tensor or an array (N, C, H, W) of any
+                floating-point type.
 
         Raises:
             InputError: the shape, the dtype or the range of values is wrong.
         """
-        self.check_images(images)
-        return self.scores_of(*self.scorer(images.to(self.device)))
+        return self.scores_of(*self.scorer(self.checked(images)))
 
-    def check_images(self, images: Tensor) -> None:
-        """Refuse images that were not preprocessed as the model needs."""
+    def checked(self, images: Numbers) -> Tensor:
+        """Images as the model takes them; refused if they were not preprocessed as it needs."""
+        images = as_tensor(images, "Images")
         stated = self.backbone.preprocessing
         wanted = (stated.channels, stated.size, stated.size)
         if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
@@ -147,17 +151,25 @@ class SavedDetector:
                 "The detector takes float images in [0, 1], before normalization: divide bytes by "
                 "255, and leave the normalization to the detector."
             )
+        return images.to(self.device, torch.float32)
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
+    def features(self, images: Numbers) -> Tensor:
         """Penultimate features (N, L), not clipped, of images as `predict` takes them."""
-        self.check_images(images)
-        return self.scorer.features(images.to(self.device))
+        return self.scorer.features(self.checked(images))
 
     @torch.no_grad()
-    def predict_features(self, features: Tensor) -> Scores:
-        """Score penultimate features (N, L), not clipped."""
-        return self.scores_of(*self.scorer.judged(features.to(self.device)))
+    def predict_features(self, features: Numbers) -> Scores:
+        """Score penultimate features, not clipped.
+
+        Args:
+            features: a tensor, an array or lists (N, L) of any real type.
+
+        Raises:
+            InputError: they are of another shape.
+        """
+        seen = as_features(features, self.scorer.head.weight)
+        return self.scores_of(*self.scorer.judged(seen))
 
     def scores_of(self, logits: Tensor, scores: Tensor) -> Scores:
         score, label = scores.float().cpu().numpy(), logits.argmax(dim=1).cpu().numpy()
@@ -165,15 +177,20 @@ class SavedDetector:
         predicted = [classes[each] for each in label]
         return Scores(score, self.threshold.is_ood(score), label, predicted)
 
-    def score(self, images: Iterable[Image.Image | str | Path], batch_size: int = 64) -> Scores:
-        """Preprocess and score images, given as Pillow's or as paths of files.
+    def score(self, images: Picture | Iterable[Picture], batch_size: int = 64) -> Scores:
+        """Preprocess and score images.
+
+        Args:
+            images: one image or many, each as Pillow's or as the path of a file.
+            batch_size: images that go through the model at once.
 
         Raises:
             InputError: there are none, or one cannot be read.
         """
         parts = []
         # Decoded one after another: each is freed before the next.
-        pixels = (self.backbone.preprocessing.pixels(opened(each)) for each in images)
+        given = [images] if isinstance(images, Picture) else images
+        pixels = (self.backbone.preprocessing.pixels(opened(each)) for each in given)
         while batch := list(islice(pixels, batch_size)):
             parts.append(self.predict(unit(np.stack(batch))))
         if not parts:

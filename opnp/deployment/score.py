@@ -131,6 +131,12 @@ def judge(detector: SavedDetector, images: Images, size: int, what: str) -> Judg
             scores, logits = detector.predict_features(features), head(features)
             energy, label = -energy_score(logits), logits.argmax(dim=1)
             parts.append((scores.score, energy.cpu().numpy(), scores.label, label.cpu().numpy()))
+            bad = ~np.isfinite(np.stack(parts[-1][:2])).all(axis=0)
+            if bad.any():
+                raise InputError(
+                    f"The score of {images.name(batch.rows[int(bad.argmax())])} is NaN or "
+                    "infinite: the model overflows, or its weights are damaged."
+                )
     if not rows:
         raise InputError(f"No image of {images.source} can be read: {unreadable[0]}")
     scored, energies, labels, unpruned = map(np.concatenate, zip(*parts, strict=True))

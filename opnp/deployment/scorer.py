@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from opnp.data.decoding import decode, printable
 from opnp.data.preprocessing import Preprocessing
+from opnp.errors import InputError
 from opnp.pruning.energy import energy_score
 
 __all__ = ["Scorer", "Scores"]
@@ -85,6 +86,11 @@ class Scorer(nn.Module):
 def opened(image: Image.Image | str | Path) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
+    if not isinstance(image, str | Path):
+        raise InputError(
+            f"An image must be a path or an image of Pillow's, not {type(image).__name__}; "
+            "`PIL.Image.fromarray` makes one of an array."
+        )
     return decode(Path(image), printable(image))
 
 

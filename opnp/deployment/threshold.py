@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from opnp.errors import InputError
+from opnp.pruning.masks import warn_of_fractions
 from opnp.runtime.settings import Positive, Settings
 
 __all__ = ["Threshold"]
@@ -51,6 +52,7 @@ class Threshold(Settings):
         """
         if not 0 < accept <= 100:
             raise InputError(f"accept must be above 0 and at most 100 percent, not {accept:g}.")
+        warn_of_fractions(f"{accept=:g}", [accept])
         ordered, n = np.sort(scores.double().cpu().numpy()), len(scores)
         if n == 0 or not np.isfinite(ordered).all():
             raise InputError("A threshold needs ID validation images whose scores are finite.")

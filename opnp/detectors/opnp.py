@@ -23,7 +23,8 @@ from opnp.detectors.base import Samples, TrainedModel
 from opnp.errors import InputError
 from opnp.pruning.candidates import Candidate
 from opnp.pruning.energy import bias_of, check_head
-from opnp.pruning.masks import Percentages, PruningMask, check_percentages
+from opnp.pruning.inputs import Numbers, as_features, as_labels
+from opnp.pruning.masks import Percentages, PruningMask, check_percentages, warn_of_fractions
 from opnp.pruning.sensitivity import NeuronSensitivity, Sensitivity, SensitivitySums
 
 __all__ = ["OPNP"]
@@ -104,6 +105,7 @@ class OPNP(FeaturesDetector):
         """
         check_percentages("weights", weights)
         check_percentages("neurons", neurons)
+        warn_of_fractions(f"{weights=!s}, {neurons=!s}", [*weights, *neurons])
         self.encoder = encoder
         self.head = copy.deepcopy(head).requires_grad_(False)
         self.weights = weights
@@ -187,27 +189,31 @@ class OPNP(FeaturesDetector):
         device = self.device or torch.device("cpu")
         return self.fit_features(*extract_features(data_loader, self.encoder, device))
 
-    def fit_features(self, x: Tensor, y: Tensor | None = None) -> Self:
+    def fit_features(self, x: Numbers, y: Numbers | None = None) -> Self:
         """Measure the sensitivity over features, prune, and fit the detector on what is left.
 
         A mask given to `from_mask` stays.
 
         Args:
-            x: penultimate features (N, L) of the training samples.
-            y: labels (N,); samples with labels below zero are ignored. A ``detector`` that needs
-                fitting needs them.
+            x: penultimate features (N, L) of the training samples: a tensor, an array or lists, of
+                any real type.
+            y: labels, whole numbers of any type (N,), (N, 1) or one-hot (N, K); samples with
+                labels below zero are ignored. A ``detector`` that needs fitting needs them.
 
         Raises:
-            InputError: no sample is ID, or features are not finite or of another width.
+            InputError: no sample is ID, features are not finite or of another width, or labels
+                are not classes of the head.
             UnavailableError: the detector cannot be fitted on these samples.
         """
         weight, bias = self.head.weight, bias_of(self.head)
+        x = as_features(x, weight)
+        y = None if y is None else as_labels(y, len(x), len(weight), weight.device)
         known = torch.ones(len(x), dtype=torch.bool) if y is None else is_known(y)
         if not known.any():
             raise InputError("OPNP cannot be fitted: no sample has a label of zero or above.")
-        features = (x if y is None else x[known]).to(weight.device)
+        features = x if y is None else x[known]
         check_head(features, weight, bias, self.temperature)
-        train = Samples(features, None if y is None else y[known].to(weight.device))
+        train = Samples(features, None if y is None else y[known])
         mask, sensitivity = self.mask, self.sensitivity
         if mask is None or sensitivity is not None:
             model = TrainedModel(self.head, self.temperature)
@@ -271,15 +277,20 @@ class OPNP(FeaturesDetector):
         return self.predict_features(self.encoder(x if self.device is None else x.to(self.device)))
 
     @torch.no_grad()
-    def predict_features(self, x: Tensor) -> Tensor:
+    def predict_features(self, x: Numbers) -> Tensor:
         """Outlier scores (N,) of features (N, L); larger means OOD.
 
         They are the energy −T·logsumexp(f/T), or the scores of ``detector``.
 
+        Args:
+            x: a tensor, an array or lists, of any real type.
+
         Raises:
+            InputError: features are of another width.
             RequiresFittingException: it was not fitted and needs to be.
         """
         if self._fitted is None or self.mask is None or self.pruned_head is None:
             raise RequiresFittingException
         model = TrainedModel(self.pruned_head, self.temperature)
+        x = as_features(x, model.head.weight)
         return base.predict(self._fitted, model, x * self.mask.neurons.to(x.device))

@@ -4,6 +4,8 @@ Source: Chen et al., "Optimal Parameter and Neuron Pruning for Out-of-Distributi
 NeurIPS 2023, arXiv 2402.10062.
 """
 
+import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -18,7 +20,16 @@ from opnp.errors import InputError
 from opnp.pruning.energy import bias_of, linear_head
 from opnp.runtime import tensors
 
-__all__ = ["Percentages", "PruningMask", "check_percentages", "keep", "pruned_count"]
+__all__ = [
+    "Percentages",
+    "PruningMask",
+    "check_percentages",
+    "keep",
+    "pruned_count",
+    "warn_of_fractions",
+]
+
+logger = logging.getLogger(__name__)
 
 Percentages = tuple[float, float]
 """(low, high): percent with the lowest sensitivity to prune, and percent with the highest."""
@@ -39,6 +50,20 @@ def check_percentages(name: str, percentages: Percentages) -> None:
         raise InputError(
             f"{name}=({low:g}, {high:g}) prunes {low + high:g} %: percentages must not be negative "
             "and must sum to less than 100."
+        )
+
+
+def warn_of_fractions(what: str, percentages: Iterable[float]) -> None:
+    """Warn where percentages look like fractions: all below 1, and not all 0.
+
+    Args:
+        what: the percentages in words.
+        percentages: their values.
+    """
+    if 0 < max(percentages, default=0) < 1:
+        logger.warning(
+            "%s: these are percentages, all below 1 %%. If fractions are meant, multiply by 100.",
+            what,
         )
 
 

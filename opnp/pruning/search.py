@@ -25,7 +25,8 @@ from opnp.errors import InputError
 from opnp.metrics.bootstrap import bootstrap_mean_fpr95
 from opnp.pruning.candidates import Candidate, Trial, candidates_of, setting_of, trial_record
 from opnp.pruning.energy import bias_of, check_head
-from opnp.pruning.masks import PruningMask
+from opnp.pruning.inputs import Numbers, as_features, as_labels
+from opnp.pruning.masks import PruningMask, warn_of_fractions
 from opnp.pruning.sensitivity import Sensitivity
 from opnp.pruning.settings import SearchSettings
 from opnp.pruning.table import MEMORY, Judge
@@ -78,12 +79,12 @@ class SearchResult:
 @torch.no_grad()
 def search_masks(
     head: nn.Linear,
-    id_features: Tensor,
-    outliers: Mapping[str, Tensor],
+    id_features: Numbers,
+    outliers: Mapping[str, Numbers],
     sensitivity: Sensitivity | Sequence[Sensitivity],
     settings: SearchSettings | None = None,
     *,
-    labels: Tensor | None = None,
+    labels: Numbers | None = None,
     restrictions: Mapping[str, Callable[[Candidate], bool]] | None = None,
     seed: int = 0,
     memory: int = MEMORY,
@@ -93,7 +94,8 @@ def search_masks(
 
     Args:
         head: the classifier's last layer, weight (K, L).
-        id_features: ID validation features, shape (N, L), not clipped; never test features.
+        id_features: ID validation features, shape (N, L), not clipped; never test features. As all
+            features and labels here they may be a tensor, an array or lists.
         outliers: features of each outlier set by its name, each of shape (N_i, L), not clipped.
         sensitivity: sensitivity of ``head`` over the training samples. Several, at different clips
             and temperatures, extend the search to those; `opnp.pruning.sensitivity.measure` gives
@@ -126,12 +128,19 @@ def search_masks(
     (14, torch.Size([3, 8]))
     """
     settings = settings or SearchSettings()
+    low, high = settings.weights_low, settings.weights_high
+    grid = (*low, *high, *settings.neurons_low, *settings.neurons_high)
+    warn_of_fractions("The grid of the search", grid)
     measured = [sensitivity] if isinstance(sensitivity, Sensitivity) else list(sensitivity)
-    check_inputs(head, id_features, outliers, measured, labels)
+    id_features = as_features(id_features, head.weight)
+    sets = {name: as_features(each, head.weight) for name, each in outliers.items()}
+    if labels is not None:
+        labels = as_labels(labels, len(id_features), len(head.weight), head.weight.device)
+    check_inputs(head, id_features, sets, measured)
     if "all" in (restrictions or {}):
         raise InputError("`all` names the choice among all candidates: rename that restriction.")
     candidates = candidates_of(measured, settings)
-    judge = Judge.of(head, id_features, outliers, labels, memory)
+    judge = Judge.of(head, id_features, sets, labels, memory)
     by_candidate = {
         trial.candidate: trial
         for trial in progress(judge.trials(measured, candidates), len(candidates))
@@ -151,7 +160,6 @@ def check_inputs(
     id_features: Tensor,
     outliers: Mapping[str, Tensor],
     measured: Sequence[Sensitivity],
-    labels: Tensor | None,
 ) -> None:
     """Refuse what `search_masks` cannot search, see there."""
     weight, bias = head.weight.detach(), bias_of(head)
@@ -163,11 +171,6 @@ def check_inputs(
         check_head(features, weight, bias, min(each.temperature for each in measured))
         if len(features) == 0:
             raise InputError(f"The set {name!r} is empty: the search needs samples in every set.")
-    if labels is not None and labels.shape != id_features.shape[:1]:
-        raise InputError(
-            f"There are {tuple(labels.shape)} labels for {len(id_features)} ID features: "
-            "give one for each."
-        )
     for each in measured:
         if each.weights.shape != weight.shape:
             raise InputError(

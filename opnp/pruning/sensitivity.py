@@ -30,6 +30,7 @@ from torch import Tensor
 
 from opnp.errors import InputError
 from opnp.pruning.energy import check_head, logits
+from opnp.pruning.inputs import Numbers, as_head
 from opnp.pruning.settings import NeuronSensitivity
 
 __all__ = [
@@ -119,9 +120,9 @@ class SensitivitySums:
     @torch.no_grad()
     def of(
         cls,
-        features: Tensor,
-        weight: Tensor,
-        bias: Tensor,
+        features: Numbers,
+        weight: Numbers,
+        bias: Numbers,
         temperature: float = 1.0,
         clip: float | None = None,
     ) -> Self:
@@ -141,7 +142,8 @@ class SensitivitySums:
         Raises:
             InputError: shapes disagree, values are not finite, or T is not positive.
         """
-        weight = weight.detach().to(features.device).double()
+        features, weight, bias = as_head(features, weight, bias)
+        weight = weight.to(features.device).double()
         m = torch.zeros_like(weight)
         gradient = torch.zeros_like(weight[0])
         taylor = torch.zeros_like(gradient)
@@ -239,9 +241,9 @@ def halved(first: SensitivitySums, second: SensitivitySums) -> Sensitivity:
 
 
 def measure(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    features: Numbers,
+    weight: Numbers,
+    bias: Numbers,
     temperatures: Sequence[float] = (1.0,),
     clips: Sequence[float | None] = (None,),
 ) -> list[Sensitivity]:
@@ -267,6 +269,7 @@ def measure(
     >>> [(each.clip, each.temperature) for each in measure(h, W, b, [1.0, 2.0], [None, 0.9])]
     [(None, 1.0), (None, 2.0), (0.9, 1.0), (0.9, 2.0)]
     """
+    features, weight, bias = as_head(features, weight, bias)
     return [
         halved(
             *(
@@ -279,7 +282,7 @@ def measure(
 
 
 def parameter_sensitivity(
-    features: Tensor, weight: Tensor, bias: Tensor, temperature: float = 1.0
+    features: Numbers, weight: Numbers, bias: Numbers, temperature: float = 1.0
 ) -> Tensor:
     """The parameter sensitivity M_ij = (1/m) Σ_k |∂E(x_k)/∂W_ij|, without a backward pass.
 
@@ -301,6 +304,7 @@ def parameter_sensitivity(
     >>> parameter_sensitivity(h, W, b).shape
     torch.Size([3, 8])
     """
+    features, weight, bias = as_head(features, weight, bias)
     total = torch.zeros(weight.shape, dtype=torch.float64, device=features.device)
     for h, p in probabilities(features, weight, bias, temperature):
         total += p.T @ h.abs()
@@ -308,9 +312,9 @@ def parameter_sensitivity(
 
 
 def neuron_sensitivity(
-    features: Tensor,
-    weight: Tensor,
-    bias: Tensor,
+    features: Numbers,
+    weight: Numbers,
+    bias: Numbers,
     temperature: float = 1.0,
     kind: NeuronSensitivity = "mean",
 ) -> Tensor:

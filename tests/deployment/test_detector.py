@@ -1,6 +1,7 @@
 """Detectors as folders: what they hold, what they say, and what is refused."""
 
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 import opnp
 from opnp import OPNP, SavedDetector
 from opnp.data import images
+from opnp.deployment import score as scoring
 from opnp.deployment.folder import FILES, digest_of
 from opnp.deployment.threshold import Threshold
 from opnp.errors import InputError
@@ -280,6 +282,54 @@ def test_images_prepared_otherwise_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=said):
         detector.predict(given)
+
+
+def test_images_and_features_of_any_kind(own: Path, detector: SavedDetector) -> None:
+    given = pixels(paths(own, "test")[:5])
+    expected = detector.predict(given).score
+    for images_ in (given.double(), given.numpy(), given.numpy().astype(np.float64)):
+        np.testing.assert_array_equal(detector.predict(images_).score, expected)
+    np.testing.assert_allclose(detector.predict(given.half()).score, expected, atol=0.05)
+    h = detector.features(given)
+    for features in (h, h.double(), h.numpy(), h.tolist()):
+        np.testing.assert_allclose(detector.predict_features(features).score, expected, atol=1e-5)
+    with pytest.raises(InputError, match=r"Features must have shape \(N, 48\).*not \(5, 7\)"):
+        detector.predict_features(h[:, :7])
+
+
+def test_one_image_may_be_scored(own: Path, detector: SavedDetector) -> None:
+    path = paths(own, "test")[0]
+    expected = detector.score([path])
+    for one in (path, str(path), Image.open(path)):
+        found = detector.score(one)
+        assert len(found) == 1
+        assert found.score == expected.score
+    assert len(detector.score(each for each in (path, path))) == 2
+    with pytest.raises(InputError, match=r"not ndarray; `PIL\.Image\.fromarray` makes one"):
+        detector.score([np.zeros((8, 8), np.uint8)])  # type: ignore[list-item]
+    with pytest.raises(InputError, match="not int"):
+        detector.score([3])  # type: ignore[list-item]
+
+
+def test_scores_that_are_not_finite_are_not_evaluated(own: Path, detector: SavedDetector) -> None:
+    """As nowhere else are they, since no metric is defined on them."""
+    backbone = own_model.backbone(own)
+    torch.nn.init.constant_(backbone.classifier.head.weight, 3e38)
+    broken = replace(detector, backbone=backbone)
+    inside, outside = (images.find(own / "images" / part) for part in ("test", "others"))
+    first = inside.name(0)
+    with pytest.raises(InputError, match=f"The score of {first} is NaN or infinite"):
+        scoring.evaluate(broken, inside, {"others": outside})
+
+
+def test_an_accepted_share_that_looks_like_a_fraction(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("opnp"), "propagate", True)
+    for accept, warned in ((0.95, True), (95, False), (1, False)):
+        caplog.clear()
+        Threshold.of(torch.rand(100), accept)
+        assert ["accept=0.95" in each.getMessage() for each in caplog.records] == [True] * warned
 
 
 def test_images_that_are_none(detector: SavedDetector, tmp_path: Path) -> None:
