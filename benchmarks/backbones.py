@@ -13,7 +13,6 @@ import argparse
 import json
 from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import chdir
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -21,11 +20,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from opnp import workspace
 from opnp.metrics import ranking
 from opnp.pipeline import parameters, stages
 from opnp.pipeline.parameters import Parameters
 from opnp.runtime.files import read_json, write_json
+from opnp.workspace import Workspace
 
 __all__ = ["RECIPES", "main", "measure", "show", "summary"]
 
@@ -37,14 +36,6 @@ RECIPES: dict[str, dict[str, Any]] = {
     "vit": {"width": 16, "epochs": 10, "precision": "float32", **ADAMW},
 }
 
-OUTPUTS = {
-    "fetch": workspace.MANIFEST,
-    "train": workspace.TRAINING,
-    "features": Path("features.done"),
-    "sensitivity": workspace.SENSITIVITY,
-    "search": workspace.SEARCH,
-    "evaluate": workspace.METRICS,
-}
 IMAGE_DETECTORS = ("odin", "opnp+odin", "rankfeat", "nac")
 """These cost minutes each on a CPU, and are left out unless asked for."""
 
@@ -72,29 +63,37 @@ def configured(
 def measure(chosen: Parameters, folder: Path) -> dict[str, Any]:
     """Run the stages that have not run with these parameters; what they found."""
     folder.mkdir(parents=True, exist_ok=True)
-    with chdir(folder):
-        for stage, output in OUTPUTS.items():
-            relevant = {key: getattr(chosen, key) for key in SECTIONS[stage]}
-            made_with = {
-                key: value.model_dump() if hasattr(value, "model_dump") else value
-                for key, value in relevant.items()
-            }
-            record = Path(f"{stage}.parameters.json")
-            if output.exists() and record.exists() and json.loads(record.read_text()) == made_with:
-                continue
-            for later in list(OUTPUTS)[list(OUTPUTS).index(stage) :]:
-                Path(f"{later}.parameters.json").unlink(missing_ok=True)
-            getattr(stages, stage).run(chosen)
-            if stage == "features":
-                output.touch()
-            write_json(record, made_with)
-        return {
-            "metrics": read_json(workspace.METRICS, "evaluate"),
-            "evaluation": read_json(workspace.EVALUATION, "evaluate"),
-            "search": read_json(workspace.SEARCH, "search"),
-            "training": read_json(workspace.TRAINING, "train"),
-            "times": read_json(workspace.TIMES, "evaluate"),
+    workspace = Workspace(folder)
+    outputs = {
+        "fetch": workspace.manifest,
+        "train": workspace.training,
+        "features": folder / "features.done",
+        "sensitivity": workspace.sensitivity,
+        "search": workspace.search,
+        "evaluate": workspace.metrics,
+    }
+    for stage, output in outputs.items():
+        relevant = {key: getattr(chosen, key) for key in SECTIONS[stage]}
+        made_with = {
+            key: value.model_dump() if hasattr(value, "model_dump") else value
+            for key, value in relevant.items()
         }
+        record = folder / f"{stage}.parameters.json"
+        if output.exists() and record.exists() and json.loads(record.read_text()) == made_with:
+            continue
+        for later in list(outputs)[list(outputs).index(stage) :]:
+            (folder / f"{later}.parameters.json").unlink(missing_ok=True)
+        getattr(stages, stage).run(workspace, chosen)
+        if stage == "features":
+            output.touch()
+        write_json(record, made_with)
+    return {
+        "metrics": read_json(workspace.metrics),
+        "evaluation": read_json(workspace.evaluation),
+        "search": read_json(workspace.search),
+        "training": read_json(workspace.training),
+        "times": read_json(workspace.times),
+    }
 
 
 SECTIONS = {

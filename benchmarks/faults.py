@@ -32,8 +32,8 @@ import psutil
 from ruamel.yaml import YAML
 
 from benchmarks import timing
-from opnp import workspace
 from opnp.runtime.files import digest
+from opnp.workspace import Workspace
 
 __all__ = ["main"]
 
@@ -52,7 +52,8 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     },
     "evaluate": {"detectors": ["energy", "opnp"], "budget": 2, "bootstrap": 20},
 }
-RESULTS = (workspace.SENSITIVITY, workspace.CLIPS, workspace.MASK, workspace.METRICS)
+IN_CLONE = Workspace(Path())  # paths within a clone
+RESULTS = (IN_CLONE.sensitivity, IN_CLONE.clips, IN_CLONE.mask, IN_CLONE.metrics)
 SENTENCE = "interrupted: run again to go on"
 LIMIT = 300.0  # seconds that a single run may take
 
@@ -188,7 +189,7 @@ class Interrupted:
         """Note which shards were made again since the last look."""
         found = shards(self.folder)
         self.twice |= {path for path in self.kept if found.get(path) != self.kept[path]}
-        sums = [path for path in found if path.is_relative_to(workspace.SENSITIVITY.parent)]
+        sums = [path for path in found if path.is_relative_to(IN_CLONE.sensitivity.parent)]
         self.moments["sensitivity" if sums else "features"] += 1
         self.kept = found
 

@@ -16,7 +16,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import chdir
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,17 @@ import numpy as np
 import torch
 
 from benchmarks import timing
-from opnp import workspace
 from opnp.backbones import shards
 from opnp.backbones.backbone import Backbone, build, save_backbone
-from opnp.data.imagesets import ImageSet, Manifest, data_file
+from opnp.data.imagesets import ImageSet, Manifest
 from opnp.data.preprocessing import Preprocessing
 from opnp.pipeline import parameters, stages
 from opnp.pipeline.parameters import Parameters
+from opnp.pipeline.results import Run
+from opnp.pipeline.results.data import data_parameters
+from opnp.pipeline.results.features import expected
 from opnp.runtime.files import write_json
+from opnp.workspace import Workspace
 
 __all__ = ["main", "stage", "write"]
 
@@ -45,38 +47,47 @@ def chosen(params: Path) -> Parameters:
     return found.model_copy(update={"search": search})
 
 
-def write(settings: Parameters, samples: int, classes: int, width: int, shard_size: int) -> None:
-    """A workspace with a backbone and the features of ``samples`` training images."""
+def write(
+    workspace: Workspace,
+    settings: Parameters,
+    samples: int,
+    classes: int,
+    width: int,
+    shard_size: int,
+) -> None:
+    """A backbone and the features of ``samples`` training images."""
     torch.manual_seed(0)
     names = [str(label) for label in range(classes)]
     # Without a block, so that nearly all it holds is the head.
     spec: dict[str, Any] = {"name": "vit", "width": width // 4, "depth": 0}
     model = build(channels=1, classes=classes, size=8, **spec)
     preprocessing = Preprocessing(8, "L", (0.5,), (0.5,))
-    save_backbone(workspace.BACKBONE, Backbone(model, preprocessing, names, spec))
+    save_backbone(workspace.backbone, Backbone(model, preprocessing, names, spec))
     train = ImageSet("train", "synthetic", samples, {}, "0" * 64)
-    data_file("train").parent.mkdir()
-    data_file("train").touch()  # only the features are read
-    fetched = stages.fetch.data_parameters(settings)
-    write_json(workspace.MANIFEST, Manifest(fetched, names, {"train": train}).as_json())
-    origin = stages.features.expected_metadata(settings, "train")
+    workspace.images("train").parent.mkdir()
+    workspace.images("train").touch()  # only the features are read
+    fetched = data_parameters(settings)
+    write_json(workspace.manifest, Manifest(fetched, names, {"train": train}).as_json())
+    origin, dtype = expected(Run(workspace, settings), "train"), settings.features.dtype
     block = torch.randn(shard_size, width).relu()
     labels = np.zeros(shard_size, np.int64)
     for shard in shards.divide("train", samples, shard_size):
         rows = shard.stop - shard.start
-        shards.write_shard(shard, block[:rows], labels[:rows], origin, settings.features.dtype)
+        path = shard.path(workspace.features)
+        shards.write_shard(path, shard, block[:rows], labels[:rows], origin, dtype)
 
 
 def stage(settings: Parameters) -> None:
     """The stage, shard by shard, in this process; print what it took."""
     before, start = peak(), time.perf_counter()
-    paths = stages.sensitivity.plan(settings)
-    for path in paths:
-        stages.sensitivity.compute(settings, path)
-    merged = stages.sensitivity.merge(paths)
+    workspace = Workspace(Path.cwd())
+    planned = stages.sensitivity.plan(workspace, settings)
+    for name in planned:
+        stages.sensitivity.compute(workspace, settings, name)
+    merged = stages.sensitivity.finish(workspace, planned)
     found = {
         "samples": merged[0].count,
-        "shards": len(paths),
+        "shards": len(planned),
         "seconds": time.perf_counter() - start,
         "imported_mib": before,
         "peak_mib": peak(),
@@ -96,8 +107,8 @@ def measured(arguments: argparse.Namespace, samples: int) -> dict[str, Any]:
     """What the stage takes for a number of samples."""
     settings = chosen(arguments.params)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        with chdir(folder):
-            write(settings, samples, arguments.classes, arguments.width, arguments.shard_size)
+        workspace, shape = Workspace(Path(folder)), (arguments.classes, arguments.width)
+        write(workspace, settings, samples, *shape, arguments.shard_size)
         words = ("-m", "benchmarks.memory", "--params", str(arguments.params.resolve()), "--stage")
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         done = subprocess.run(

@@ -8,7 +8,6 @@ import argparse
 import json
 import tempfile
 import time
-from contextlib import chdir
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -18,17 +17,19 @@ from rich.table import Table
 
 from opnp.pipeline import parameters, stages
 from opnp.pipeline.parameters import Parameters
+from opnp.workspace import Workspace
 
 __all__ = ["main", "measure"]
 
 
 def measure(chosen: Parameters) -> dict[str, Any]:
     """All stages but the report, in a folder of their own; what `evaluate` found."""
-    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+    with tempfile.TemporaryDirectory() as folder:
+        workspace = Workspace(Path(folder))
         for stage in (stages.fetch, stages.train, stages.features, stages.sensitivity):
-            stage.run(chosen)
-        stages.search.run(chosen)
-        return stages.evaluate.run(chosen)
+            stage.run(workspace, chosen)
+        stages.search.run(workspace, chosen)
+        return stages.evaluate.run(workspace, chosen)
 
 
 def seeded(chosen: Parameters, seed: int) -> Parameters:

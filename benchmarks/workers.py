@@ -25,13 +25,12 @@ from typing import Any
 from benchmarks import timing
 from flows import prefect_server
 from flows import workers as engine
-from opnp import workspace as artifacts
 from opnp.backbones.backbone import Backbone, build, save_backbone
 from opnp.data import imagesets
-from opnp.data.imagesets import data_file
 from opnp.data.preprocessing import Preprocessing
 from opnp.pipeline import parameters, stages
 from opnp.pipeline.parameters import Parameters
+from opnp.workspace import Workspace
 
 __all__ = ["main", "measured"]
 
@@ -47,29 +46,29 @@ def with_workers(settings: Parameters, runner: str, workers: int) -> Parameters:
     return settings.model_copy(update={"engine": on})
 
 
-def workspace(settings: Parameters, width: int) -> None:
-    """The image sets, and a backbone with random weights."""
-    manifest, data = stages.fetch.run(settings), settings.data
+def prepare(workspace: Workspace, settings: Parameters, width: int) -> None:
+    """Write the image sets, and a backbone with random weights."""
+    manifest, data = stages.fetch.run(workspace, settings), settings.data
     spec: dict[str, Any] = {"name": "resnet", "width": width, "depth": 1}
     model = build(
         channels=len(data.mode), classes=len(manifest.classes), size=data.image_size, **spec
     )
-    pixels, _ = imagesets.read(data_file("train"), data.mode, data.image_size)
+    pixels, _ = imagesets.read(workspace.images("train"), data.mode, data.image_size)
     measured = Preprocessing.measured(pixels)
     backbone = Backbone(model, measured, manifest.classes, spec)
-    save_backbone(artifacts.BACKBONE, backbone)
+    save_backbone(workspace.backbone, backbone)
 
 
-def remove_features() -> None:
-    shutil.rmtree(artifacts.FEATURES, ignore_errors=True)
+def remove_features(workspace: Workspace) -> None:
+    shutil.rmtree(workspace.features, ignore_errors=True)
 
 
-def plain(pool: Executor, settings: Parameters) -> None:
+def plain(pool: Executor, workspace: Workspace, settings: Parameters) -> None:
     """The shards, computed by a pool."""
-    planned = stages.features.plan(settings)
-    for computed in pool.map(partial(stages.features.compute, settings), planned):
+    planned = stages.features.plan(workspace, settings)
+    for computed in pool.map(partial(stages.features.compute, workspace, settings), planned):
         assert computed
-    stages.features.finish(planned)
+    stages.features.finish(workspace, planned)
 
 
 def pool_of(runner: str, workers: int) -> Executor:
@@ -78,23 +77,25 @@ def pool_of(runner: str, workers: int) -> Executor:
     return ProcessPoolExecutor(workers, get_context("spawn"))
 
 
-def measured(settings: Parameters, runner: str, repeats: int) -> dict[str, Any]:
-    """Times of one worker and of two, with Prefect and without; works in the current folder."""
+def measured(
+    workspace: Workspace, settings: Parameters, runner: str, repeats: int
+) -> dict[str, Any]:
+    """Times of one worker and of two, with Prefect and without."""
     with ExitStack() as stack:
         stack.enter_context(prefect_server.running())
-        from flows.features import features
+        from flows.stages import features
 
         works: dict[str, Callable[[], None]] = {}
         for workers in (1, 2):
             on = with_workers(settings, runner, workers)
             pool = stack.enter_context(pool_of(runner, workers))
-            works[f"flow, {workers}"] = partial(engine.run, features, on)
-            works[f"plain, {workers}"] = partial(plain, pool, on)
+            works[f"flow, {workers}"] = partial(engine.run, features, workspace, on)
+            works[f"plain, {workers}"] = partial(plain, pool, workspace, on)
         for work in works.values():  # warms up: pools begin, modules are imported
-            remove_features()
+            remove_features(workspace)
             work()
-        seconds = timing.interleaved(works, repeats, before=remove_features)
-        planned = stages.features.plan(settings)
+        seconds = timing.interleaved(works, repeats, before=partial(remove_features, workspace))
+        planned = stages.features.plan(workspace, settings)
     times = timing.ratio(seconds, "flow, 1", "flow, 2")
     sentence = "two workers at least 1.8 × as fast as one on the feature stage"
     return {
@@ -124,8 +125,9 @@ def main() -> None:
     path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.getenv("PYTHONPATH"))))
     os.environ["PYTHONPATH"] = path
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
-        workspace(settings, arguments.width)
-        result = measured(settings, arguments.runner, arguments.repeats)
+        workspace = Workspace(Path(folder))
+        prepare(workspace, settings, arguments.width)
+        result = measured(workspace, settings, arguments.runner, arguments.repeats)
     timing.show(result, arguments.json, f"workers, {arguments.runner}")
 
 

@@ -24,6 +24,7 @@ import digits
 import own_model
 
 from opnp.tracking import registry
+from opnp.workspace import Workspace
 
 
 @contextmanager
@@ -59,9 +60,10 @@ def main(folder: Path) -> list[dict[str, Any]]:
     os.environ["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder / 'mlflow.db'}"
 
     # Register: the version is the challenger until it is promoted.
+    workspace = Workspace(folder)
     with chdir(folder):
-        registry.register(folder / "detector", trust=own_model.MODEL)
-        print(f"version {registry.promote()} is champion")
+        registry.register(workspace, folder / "detector", trust=own_model.MODEL)
+        print(f"version {registry.promote(workspace)} is champion")
 
     # Ask: a row for each image, with the bytes of its file.
     pictures = [min(folder.glob(f"{name}/**/*.png")) for name in ("test", *digits.OOD)]

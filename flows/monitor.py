@@ -23,30 +23,31 @@ from opnp.pipeline.parameters import Parameters
 from opnp.runtime.files import digest, read_json, write_json
 from opnp.tracking import registry
 from opnp.tracking.mlflow_client import experiment_name
+from opnp.workspace import Workspace
 
 __all__ = ["monitor", "watch"]
 
 LOCK = Path("logs/monitor.lock")  # not the runs': production is watched while one is at work
-SEEN = Path("logs/monitor.json")
 RUN = "monitor"  # the tag of the run whose metrics are the history
 
 
-def new_images(folder: Path) -> tuple[Images, list[str]]:
+def new_images(workspace: Workspace, folder: Path) -> tuple[Images, list[str]]:
     """Images of the folder that were not counted yet, and the digests of all."""
     found = images.find(folder)
-    seen = read_json(SEEN) if SEEN.exists() else {}
+    seen = read_json(workspace.monitored) if workspace.monitored.exists() else {}
     before = set(seen.get(str(folder.resolve()), []))
     of = {digest(path): row for row, path in reversed(list(enumerate(found.paths)))}
     rows = {sha256: row for sha256, row in of.items() if sha256 not in before}
     return found.select(list(rows.values())), list(of)
 
 
-def log(folder: Path, figures: dict[str, float]) -> None:
+def log(workspace: Workspace, folder: Path, figures: dict[str, float]) -> None:
     """Append figures to the history of a folder, one MLflow run of the experiment."""
     from mlflow.entities import Metric
 
-    client, name, place = registry.registry(), experiment_name(), str(folder.resolve())
-    with registry.told():
+    client, name = registry.registry(workspace), experiment_name()
+    place = str(folder.resolve())
+    with registry.told(workspace):
         known = client.get_experiment_by_name(name)
         experiment = known.experiment_id if known else client.create_experiment(name)
         found = client.search_runs([experiment], f"tags.{RUN} = '{place}'")
@@ -57,7 +58,7 @@ def log(folder: Path, figures: dict[str, float]) -> None:
         client.log_batch(run.info.run_id, metrics)
 
 
-def watch(folder: Path, chosen: Parameters) -> bool:
+def watch(workspace: Workspace, folder: Path, chosen: Parameters) -> bool:
     """Score the folder's new images, log the share that is flagged OOD, and act where it is large.
 
     Images count as seen at last: what fails before is made up for by the next run.
@@ -69,10 +70,10 @@ def watch(folder: Path, chosen: Parameters) -> bool:
         InputError: there is no champion, the folder holds no image that can be read, or MLflow
             cannot be reached.
     """
-    champion, limit = registry.champion(trusted(chosen)), chosen.retrain.max_flagged
+    limit, champion = chosen.retrain.max_flagged, registry.champion(workspace, trusted(chosen))
     if champion is None:
         raise InputError("There is no champion to score with.", "retrain")
-    found, everything = new_images(folder)
+    found, everything = new_images(workspace, folder)
     if len(found) < chosen.retrain.min_images:
         print(f"monitor: {len(found)} new images, fewer than retrain.min_images: they wait")
         return False
@@ -83,9 +84,9 @@ def watch(folder: Path, chosen: Parameters) -> bool:
     if share > limit:
         ask(folder, share)
     unreadable = len(summary.unreadable)
-    log(folder, {"flagged": share, "images": summary.images, "unreadable": unreadable})
-    seen = read_json(SEEN) if SEEN.exists() else {}
-    write_json(SEEN, seen | {str(folder.resolve()): sorted(everything)})
+    log(workspace, folder, {"flagged": share, "images": summary.images, "unreadable": unreadable})
+    seen = read_json(workspace.monitored) if workspace.monitored.exists() else {}
+    write_json(workspace.monitored, seen | {str(folder.resolve()): sorted(everything)})
     return share > limit
 
 
@@ -116,7 +117,8 @@ def ask(folder: Path, share: float) -> None:
 def monitor(folder: Path) -> bool:
     """Score new production images with the champion, and ask for a retraining where it is due."""
     with schedule.due(LOCK):
-        return watch(folder, parameters.load())
+        workspace = Workspace(Path.cwd())
+        return watch(workspace, folder, parameters.load(workspace.parameters))
 
 
 if __name__ == "__main__":

@@ -3,37 +3,43 @@ the results with DVC and MLflow."""
 
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 
 from flows import dvc_repo, prefect_server, transfer, workers
 from flows.process import command, hide_what_is_told, timed, timings
-from opnp import workspace
+from opnp.backbones.checkpoints import file_of
 from opnp.errors import InputError
-from opnp.pipeline import parameters, records, stages
+from opnp.pipeline import parameters, records
 from opnp.pipeline.parameters import Parameters
-from opnp.runtime.files import digest, read_json
+from opnp.pipeline.results import Run
+from opnp.pipeline.results.data import data_parameters
+from opnp.runtime.files import digest
 from opnp.tracking import mlflow_client
+from opnp.workspace import Workspace
 
 __all__ = ["STAGES", "pipeline"]
 
 STAGES = ("fetch", "train", "features", "sensitivity", "search", "evaluate", "report")
 
 
-def outdated(stage: str, chosen: Parameters) -> bool:
+def outdated(workspace: Workspace, stage: str, chosen: Parameters) -> bool:
     """Whether a stage has to run, as DVC sees it."""
     if stage == "fetch":
-        return dvc_repo.data_changed(stages.fetch.data_parameters(chosen))
-    return dvc_repo.changed(stage) or (stage == "train" and checkpoint_changed(chosen))
+        return dvc_repo.data_changed(workspace, data_parameters(chosen))
+    if dvc_repo.changed(workspace, stage):
+        return True
+    return stage == "train" and checkpoint_changed(Run(workspace, chosen))
 
 
-def checkpoint_changed(chosen: Parameters) -> bool:
+def checkpoint_changed(run: Run) -> bool:
     """Whether another file lies where the checkpoint was; DVC does not know of that file."""
-    path = Path(chosen.train.checkpoint) if chosen.train.checkpoint else None
-    recorded = read_json(workspace.TRAINING, "stage:train")["checkpoint"]
+    if (checkpoint := run.parameters.train.checkpoint) is None:
+        return False
+    path = file_of(run.workspace.root / checkpoint)
+    recorded = run.training.record["checkpoint"]
     return path is not None and path.is_file() and digest(path) != recorded
 
 
-def run_stages(chosen: Parameters) -> dict[str, float]:
+def run_stages(workspace: Workspace, chosen: Parameters) -> dict[str, float]:
     """Run the stages that are not up to date as subflows, recording each with DVC when it is done.
 
     Returns:
@@ -41,28 +47,28 @@ def run_stages(chosen: Parameters) -> dict[str, float]:
     """
     seconds = {}
     for stage in STAGES:
-        if not outdated(stage, chosen):
+        if not outdated(workspace, stage, chosen):
             print(f"{stage}: up to date")
             continue
-        flow = getattr(import_module(f"flows.{stage}"), stage)
-        seconds[stage] = timed(stage, partial(workers.run, flow, chosen))
-        if parameters.load() != chosen:
+        flow = getattr(import_module("flows.stages"), stage)
+        seconds[stage] = timed(stage, partial(workers.run, flow, workspace, chosen))
+        if parameters.load(workspace.parameters) != chosen:
             raise InputError(
-                f"{workspace.PARAMETERS} was changed during the run, and {stage} is not recorded: "
+                f"{workspace.parameters} was changed during the run, and {stage} is not recorded: "
                 "run again with the new parameters."
             )
-        records.begin()
+        records.begin(workspace)
         if stage != "fetch":  # which records its data itself
-            dvc_repo.record(stage)
+            dvc_repo.record(workspace, stage)
         print(f"{stage}: done in {seconds[stage]:.1f} s", flush=True)
     return seconds
 
 
-def pipeline() -> None:
+def pipeline(workspace: Workspace) -> None:
     """All stages, in order; nothing is done that is done already."""
-    parameters.complete()
-    chosen = parameters.load()
-    if any(outdated(stage, chosen) for stage in STAGES):
+    parameters.complete(workspace.parameters)
+    chosen = parameters.load(workspace.parameters)
+    if any(outdated(workspace, stage, chosen) for stage in STAGES):
         prefect_server.start()  # it starts while the libraries are imported
         from prefect import Flow
 
@@ -70,18 +76,18 @@ def pipeline() -> None:
         # What the engine lacks is told here, not after hours of training.
         transfer.check(chosen)
         with prefect_server.running():
-            workers.task_runner(chosen.engine)
-            seconds = Flow(run_stages, name="pipeline")(chosen)
-        records.record_run(chosen, seconds)
+            workers.task_runner(workspace, chosen.engine)
+            seconds = Flow(run_stages, name="pipeline")(workspace, chosen)
+        records.record_run(Run(workspace, chosen), seconds)
     else:
         print("Nothing has changed since the last run: there is nothing to do.")
-        if records.begun():  # it ended before it was recorded
-            records.stash(chosen, timings())
-        records.log_or_wait()
-    summarize()
+        if records.begun(workspace):  # it ended before it was recorded
+            records.stash(Run(workspace, chosen), timings())
+        records.log_or_wait(workspace)
+    summarize(Run(workspace, chosen))
 
 
-def summarize() -> None:
+def summarize(run: Run) -> None:
     """Print the comparison and where to find everything."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -90,10 +96,9 @@ def summarize() -> None:
 
     from opnp.metrics import ranking
 
-    detectors = read_json(workspace.METRICS, "stage:evaluate")["detectors"]
-    evaluation = read_json(workspace.EVALUATION, "stage:evaluate")
+    detectors, evaluation, workspace = run.metrics["detectors"], run.evaluation, run.workspace
     kinds = {name: entry["kind"] for name, entry in evaluation["sets"].items()}
-    console, uri, ranks = Console(), mlflow_client.tracking_uri(), evaluation["ranks"]
+    console, uri, ranks = Console(), mlflow_client.tracking_uri(workspace), evaluation["ranks"]
 
     def comparison(columns: list[str]) -> Table:
         table = Table(title="FPR95 in %, lower is better", title_justify="left", box=SIMPLE_HEAD)
@@ -122,8 +127,8 @@ def summarize() -> None:
         console.print(told, soft_wrap=True)
     look = f"mlflow ui --backend-store-uri {uri}"
     for what, where in (
-        ("report", workspace.REPORT),
-        ("mask", workspace.MASK),
+        ("report", workspace.relative(workspace.report)),
+        ("mask", workspace.relative(workspace.mask)),
         ("MLflow", uri if uri.startswith("http") else f"{uri}  (to look: {look})"),
     ):
         console.print(f"{what:7} {where}", soft_wrap=True, highlight=False)

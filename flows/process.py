@@ -31,6 +31,7 @@ from opnp.errors import InputError, UnavailableError
 from opnp.pipeline import parameters
 from opnp.runtime.files import full_disk, write_json
 from opnp.runtime.progress import track
+from opnp.workspace import Workspace
 
 __all__ = [
     "alone",
@@ -251,13 +252,14 @@ def run_stage(name: str, **chosen: Any) -> None:
         name: the stage.
         chosen: more parameters of its flow.
     """
-    flow = getattr(import_module(f"flows.{name}"), name)
+    flow = getattr(import_module("flows.stages"), name)
     hide_what_is_told()
     with program():
-        parameters.complete()
-        loaded = parameters.load()
+        workspace = Workspace(Path.cwd())
+        parameters.complete(workspace.parameters)
+        loaded = parameters.load(workspace.parameters)
         with prefect_server.running():
-            timed(name, partial(workers.run, flow, loaded, **chosen))
+            timed(name, partial(workers.run, flow, workspace, loaded, **chosen))
 
 
 def hide_what_is_told() -> None:

@@ -11,22 +11,23 @@ from prefect import flow
 from prefect.events import emit_event
 
 from flows import dvc_repo, pipeline, prefect_server, schedule, workers
-from flows.fetch import fetch
 from flows.process import command, hide_what_is_told, timed
+from flows.stages import fetch
 from opnp.backbones.specs import is_factory
 from opnp.deployment import champion
 from opnp.deployment.champion import Verdict
 from opnp.deployment.detector import load as load_detector
 from opnp.errors import InputError
 from opnp.pipeline import parameters
+from opnp.pipeline.detector import from_run
 from opnp.pipeline.parameters import Parameters
-from opnp.pipeline.stages import detector as stage
+from opnp.pipeline.results import Run
 from opnp.tracking import registry
 from opnp.tracking.mlflow_client import experiment_name
+from opnp.workspace import Workspace
 
 __all__ = ["contend", "retrain"]
 
-DETECTOR = Path("artifacts/detector")
 DECISION = "decision"  # of a version, which is judged once
 
 
@@ -54,7 +55,7 @@ def check_frozen(client: Any, folder: Path) -> None:
         )
 
 
-def contend(folder: Path, chosen: Parameters) -> str:
+def contend(workspace: Workspace, folder: Path, chosen: Parameters) -> str:
     """Register a detector as challenger, compare it with the champion, promote it if it is better.
 
     Returns:
@@ -63,10 +64,10 @@ def contend(folder: Path, chosen: Parameters) -> str:
     Raises:
         InputError: the evaluation set has changed, or MLflow cannot be reached.
     """
-    settings, trust, client = chosen.retrain, trusted(chosen), registry.registry()
-    evaluation, name = Path(settings.evaluation), experiment_name()
-    version = registry.register(folder, None, trust=trust)
-    with registry.told():
+    settings, trust, client = chosen.retrain, trusted(chosen), registry.registry(workspace)
+    evaluation, name = workspace.root / settings.evaluation, experiment_name()
+    version = registry.register(workspace, folder, None, trust=trust)
+    with registry.told(workspace):
         known = client.get_model_version(name, version)
         if DECISION in known.tags or registry.aliases_of(client, name).get("champion") == version:
             print(f"retrain: version {version} has been judged before, and nothing changes")
@@ -75,17 +76,17 @@ def contend(folder: Path, chosen: Parameters) -> str:
         client.set_registered_model_alias(name, registry.CHALLENGER, version)
     verdict = champion.compare(
         load_detector(folder, trust=trust),
-        registry.champion(trust),
+        registry.champion(workspace, trust),
         evaluation,
         settings.max_accuracy_drop,
         settings.bootstrap,
         chosen.seed,
     )
     decision = "promoted" if verdict.promoted else "rejected"
-    dvc_repo.push()
+    dvc_repo.push(workspace)
     if verdict.promoted:
-        registry.promote(version)
-    with registry.told():
+        registry.promote(workspace, version)
+    with registry.told(workspace):
         for key, value in verdict.figures().items():
             client.set_model_version_tag(name, version, f"contest.{key}", str(value))
         client.set_model_version_tag(name, version, DECISION, decision)
@@ -107,28 +108,29 @@ def tell(version: str, decision: str, verdict: Verdict) -> None:
     emit_event(f"opnp.retrain.{decision}", resource, payload=verdict.figures())
 
 
-def retrained() -> str:
+def retrained(workspace: Workspace) -> str:
     """What `retrain` does, in a workspace that this process holds."""
-    parameters.complete()
-    chosen = parameters.load()
-    evaluation = Path(chosen.retrain.evaluation)
+    parameters.complete(workspace.parameters)
+    chosen = parameters.load(workspace.parameters)
+    evaluation = workspace.root / chosen.retrain.evaluation
     prefect_server.start()
     hide_what_is_told()
     with prefect_server.running():
         # What the sources hold now, which may be other images than were recorded.
-        timed("fetch", partial(workers.run, fetch, chosen, accept=True))
-        pipeline.pipeline()
-        champion.freeze(evaluation)
-        champion.check_unseen(evaluation)
-        stage.from_run(chosen).save(DETECTOR, overwrite=DETECTOR.exists())
-        return contend(DETECTOR, chosen)
+        timed("fetch", partial(workers.run, fetch, workspace, chosen, accept=True))
+        pipeline.pipeline(workspace)
+        champion.freeze(workspace, evaluation)
+        champion.check_unseen(workspace, evaluation)
+        folder = workspace.detector
+        from_run(Run(workspace, chosen)).save(folder, overwrite=folder.exists())
+        return contend(workspace, folder, chosen)
 
 
 @flow
 def retrain() -> str:
     """Fetch, train, compare with the champion, and promote what is better."""
     with schedule.due():
-        return retrained()
+        return retrained(Workspace(Path.cwd()))
 
 
 if __name__ == "__main__":

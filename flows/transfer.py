@@ -1,12 +1,13 @@
-"""What a run and its workers tell each other through the storage; nothing where there is none."""
+"""What a run and its workers exchange through the storage; nothing where the run has none."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opnp.data.imagesets import data_file, read_manifest
 from opnp.pipeline.parameters import Parameters
+from opnp.pipeline.results import Run
 from opnp.runtime.storage import Storage
+from opnp.workspace import Workspace
 
 __all__ = ["bring", "check", "compute", "put", "put_images"]
 
@@ -21,37 +22,68 @@ def check(parameters: Parameters) -> None:
         Storage(url).check()
 
 
-def put(parameters: Parameters, *paths: Path) -> dict[Path, str]:
-    """Put what workers need into the storage; the digests under which they find it."""
+def put(
+    workspace: Workspace, parameters: Parameters, needed: Sequence[Sequence[Path]]
+) -> list[dict[str, str]]:
+    """Put the files that workers need for each part into the storage, every file once.
+
+    Returns:
+        For each part the digests under which workers find its files, by their paths in the
+        workspace.
+    """
     url = parameters.engine.storage
-    return {path: Storage(url).put(path) for path in paths} if url else {}
+    if not url:
+        return [{} for _ in needed]
+    every = dict.fromkeys(path for paths in needed for path in paths)
+    digests = {path: Storage(url).put(path) for path in every}
+    return [{workspace.relative(path): digests[path] for path in paths} for paths in needed]
 
 
-def put_images(parameters: Parameters) -> None:
-    """Put the images into the storage, of which workers read the rows that they need."""
+def put_images(workspace: Workspace, parameters: Parameters) -> None:
+    """Put the images into the storage; workers read the rows that they need."""
     if url := parameters.engine.storage:
         storage = Storage(url)
-        for name, entry in read_manifest().sets.items():
-            storage.put(data_file(name), entry.sha256)
+        for name, entry in Run(workspace, parameters).manifest.sets.items():
+            storage.put(workspace.images(name), entry.sha256)
 
 
 def compute(
+    stage: Any,
+    workspace: Workspace,
     parameters: Parameters,
-    inputs: Mapping[Path, str],
-    path: Path,
-    origin: Callable[[], dict[str, Any]],
-    function: Callable[[], bool],
+    part: Any,
+    inputs: Mapping[str, str],
 ) -> tuple[bool, str]:
-    """Compute a part of a stage, here or as `Storage.compute` does."""
-    if url := parameters.engine.storage:
-        return Storage(url).compute(inputs, path, origin, function)
-    return function(), ""
+    """Compute a part of a stage: in the workspace, or in a folder that shares the storage with it.
+
+    Args:
+        stage: the stage's module, see `opnp.pipeline.stages`.
+        workspace: of the run.
+        parameters: of the run.
+        part: of the stage's plan.
+        inputs: what `put` has put for this part.
+
+    Returns:
+        Whether the part was computed, and the digest of its file in the storage, if there is one.
+    """
+    if not (url := parameters.engine.storage):
+        return stage.compute(workspace, parameters, part), ""
+    return Storage(url).compute(
+        inputs,
+        workspace.relative(stage.made(workspace, part)),
+        lambda folder: stage.origin(Workspace(folder), parameters, part),
+        lambda folder: stage.compute(Workspace(folder), parameters, part),
+    )
 
 
 def bring(
     parameters: Parameters, paths: Sequence[Path], parts: Iterable[tuple[bool, str]]
 ) -> Iterator[bool]:
-    """Bring what workers made to its place here; for each file, whether it was computed."""
+    """Bring the files that workers have made to their places.
+
+    Yields:
+        For each file, whether it was computed.
+    """
     url = parameters.engine.storage
     for path, (computed, sha256) in zip(paths, parts, strict=True):
         if url:

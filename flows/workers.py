@@ -20,6 +20,7 @@ import opnp
 from flows import prefect_server
 from opnp.errors import InputError
 from opnp.pipeline.parameters import Engine, Parameters
+from opnp.workspace import Workspace
 
 __all__ = ["run", "task_runner"]
 
@@ -37,13 +38,14 @@ SOURCES = sorted(
 CODE = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()[:12]
 
 
-def run(flow: Any, parameters: Parameters, **chosen: Any) -> None:
+def run(flow: Any, workspace: Workspace, parameters: Parameters, **chosen: Any) -> None:
     """Run a stage's flow on the workers that the parameters ask for.
 
     A flow whose processes die goes on with new ones: shards that are whole stay.
 
     Args:
         flow: the flow.
+        workspace: of the run.
         parameters: of the run.
         chosen: more parameters of the flow.
 
@@ -52,13 +54,13 @@ def run(flow: Any, parameters: Parameters, **chosen: Any) -> None:
     """
     settings = parameters.engine
     if flow.name not in SHARDED:
-        flow.with_options(task_runner=threads(settings))(parameters, **chosen)
+        flow.with_options(task_runner=threads(settings))(workspace, parameters, **chosen)
         return
-    sharded = flow.with_options(task_runner=task_runner(settings))
+    sharded = flow.with_options(task_runner=task_runner(workspace, settings))
     for attempt in range(1, ATTEMPTS + 1):
         prefect_server.share_gpus(count(settings))
         try:
-            sharded(parameters, **chosen)
+            sharded(workspace, parameters, **chosen)
             return
         except BrokenProcessPool:
             if attempt == ATTEMPTS:
@@ -77,8 +79,12 @@ def run(flow: Any, parameters: Parameters, **chosen: Any) -> None:
             ) from error
 
 
-def task_runner(settings: Engine) -> Any:
+def task_runner(workspace: Workspace, settings: Engine) -> Any:
     """The Prefect task runner of these settings.
+
+    Args:
+        workspace: of the run, which workers must reach unless they exchange files in a storage.
+        settings: of the engine.
 
     Raises:
         InputError: Dask is not installed, its scheduler does not answer, or its workers cannot do
@@ -104,7 +110,7 @@ def task_runner(settings: Engine) -> Any:
             "dashboard_address": "127.0.0.1:0",
         }
         return prefect_dask.task_runners.DaskTaskRunner(cluster_kwargs=cluster)
-    check_cluster(settings)
+    check_cluster(workspace, settings)
     return prefect_dask.task_runners.DaskTaskRunner(
         address=settings.scheduler, client_kwargs={"timeout": ANSWER_LIMIT}
     )
@@ -140,7 +146,7 @@ def count(settings: Engine) -> int:
     return settings.workers or torch.cuda.device_count() or os.cpu_count() or 1
 
 
-def check_cluster(settings: Engine) -> None:
+def check_cluster(workspace: Workspace, settings: Engine) -> None:
     """See that a Dask cluster is there, and that its workers can do this run's work.
 
     Raises:
@@ -164,9 +170,9 @@ def check_cluster(settings: Engine) -> None:
             f"No Dask scheduler answers at engine.scheduler {address} ({reason}): start it, or "
             "correct the address."
         ) from None
-    with client, tempfile.NamedTemporaryFile(dir=".", prefix=".opnp-") as mark:
-        found = client.run(installed, Path(mark.name).name, on_error="return")
-        mine = installed(Path(mark.name).name)
+    with client, tempfile.NamedTemporaryFile(dir=workspace.root, prefix=".opnp-") as mark:
+        found = client.run(installed, mark.name, on_error="return")
+        mine = installed(mark.name)
         if settings.storage is not None:
             mine.pop(FOLDER)
         if not found:
@@ -182,8 +188,8 @@ def check_cluster(settings: Engine) -> None:
                 continue
             if what == FOLDER:
                 raise InputError(
-                    f"Dask worker {worker} does not run in this folder, {Path.cwd()}: start it "
-                    "there, or name a place in engine.storage."
+                    f"Dask worker {worker} does not see the folder {workspace.root}: start it on a "
+                    "machine that does, or name a place in engine.storage."
                 )
             raise InputError(
                 f"Dask worker {worker} has {what} {its[what]} where this run has {value}: give "
@@ -195,7 +201,7 @@ FOLDER = "folder"
 
 
 def installed(mark: str) -> dict[str, str]:
-    """What this process runs, and whether it does so where there is a file ``mark``."""
+    """What this process runs, and whether it sees the file ``mark``."""
     versions = {name: metadata.version(name).split("+")[0] for name in ("torch", "prefect")}
     return {
         "Python": ".".join(platform.python_version_tuple()[:2]),

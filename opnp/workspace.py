@@ -1,42 +1,87 @@
-"""The fixed places of everything a run reads and writes, relative to the workspace."""
+"""The places of everything that a run reads and writes."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = [
-    "BACKBONE", "CLIPS", "COMPARISON", "COMPARISON_TEXT", "DATA", "EVALUATION", "FEATURES",
-    "FETCHED", "HISTORY", "INTERVALS", "MANIFEST", "MASK", "MASK_REACT", "METRICS", "PARAMETERS",
-    "REPORT", "ROC", "SCORES", "SEARCH", "SENSITIVITY", "TIMES", "TRAINING", "TRIALS",
-]  # fmt: skip
+__all__ = ["Workspace"]
 
-PARAMETERS = Path("params.yaml")
 
-DATA = Path("data")
-FETCHED = Path("data.part")  # what is being fetched: it takes the place of DATA when it is whole
-MANIFEST = DATA / "manifest.json"
+class Place:
+    """A path below the root of a workspace."""
 
-BACKBONE = Path("artifacts/backbone/backbone.safetensors")
-TRAINING = Path("artifacts/backbone/training.json")
-HISTORY = Path("artifacts/backbone/history.csv")
+    def __init__(self, path: str) -> None:
+        self.path = path
 
-FEATURES = Path("artifacts/features")
+    def __get__(self, workspace: "Workspace", owner: type) -> Path:
+        return workspace.root / self.path
 
-CLIPS = Path("artifacts/sensitivity/clips.json")
-SENSITIVITY = Path("artifacts/sensitivity/sensitivity.safetensors")
 
-TRIALS = Path("artifacts/search/trials.parquet")
-MASK = Path("artifacts/search/mask.safetensors")  # of OPNP
-MASK_REACT = Path("artifacts/search/mask-react.safetensors")  # for features that are clipped first
-SEARCH = Path("artifacts/search/search.json")
+@dataclass(frozen=True)
+class Workspace:
+    """A folder in which a pipeline runs.
 
-METRICS = Path("artifacts/evaluation/metrics.json")
-INTERVALS = Path("artifacts/evaluation/intervals.json")
-EVALUATION = Path("artifacts/evaluation/evaluation.json")
-COMPARISON = Path("artifacts/evaluation/comparison.parquet")
-COMPARISON_TEXT = Path("artifacts/evaluation/comparison.md")
-SCORES = Path("artifacts/evaluation/scores.parquet")
-ROC = Path("artifacts/evaluation/roc.csv")
+    Nothing below the programs knows the current folder: they make a workspace of it, or of the
+    folder that they are told, and pass it on.
 
-# Of each detector; no artifact, since times differ from run to run.
-TIMES = Path("logs/detectors.json")
+    Attributes:
+        root: the folder; every other attribute is a path below it.
+    """
 
-REPORT = Path("artifacts/report/index.html")
+    root: Path
+
+    parameters = Place("params.yaml")
+
+    data = Place("data")
+    fetched = Place("data.part")  # takes the place of `data` once everything has been fetched
+    data_record = Place("data.dvc")
+    manifest = Place("data/manifest.json")
+
+    backbone = Place("artifacts/backbone/backbone.safetensors")
+    training = Place("artifacts/backbone/training.json")
+    history = Place("artifacts/backbone/history.csv")
+
+    features = Place("artifacts/features")
+
+    clips = Place("artifacts/sensitivity/clips.json")
+    sensitivity = Place("artifacts/sensitivity/sensitivity.safetensors")
+    sums = Place("artifacts/sensitivity/shards")  # of each shard of the training features
+
+    trials = Place("artifacts/search/trials.parquet")
+    mask = Place("artifacts/search/mask.safetensors")  # of OPNP
+    mask_react = Place("artifacts/search/mask-react.safetensors")  # for features that are clipped
+    search = Place("artifacts/search/search.json")
+
+    metrics = Place("artifacts/evaluation/metrics.json")
+    intervals = Place("artifacts/evaluation/intervals.json")
+    evaluation = Place("artifacts/evaluation/evaluation.json")
+    comparison = Place("artifacts/evaluation/comparison.parquet")
+    comparison_text = Place("artifacts/evaluation/comparison.md")
+    scores = Place("artifacts/evaluation/scores.parquet")
+    roc = Place("artifacts/evaluation/roc.csv")
+
+    report = Place("artifacts/report/index.html")
+    detector = Place("artifacts/detector")
+
+    # No stage depends on what lies in `logs`: times, for one, differ from run to run.
+    logs = Place("logs")
+    times = Place("logs/detectors.json")  # of each detector
+    timings = Place("logs/timings.json")  # of each stage
+    lock = Place("logs/run.lock")
+    unlogged = Place("logs/unlogged")  # runs that are not in MLflow yet
+    unrecorded = Place("logs/unrecorded")  # names the record that the run at work will have
+    monitor_lock = Place("logs/monitor.lock")
+    monitored = Place("logs/monitor.json")
+
+    tracking = Place("mlflow.db")
+
+    def images(self, name: str) -> Path:
+        """The Parquet file of an image set, such as ``train`` or ``ood/letters``."""
+        return self.data / f"{name}.parquet"
+
+    def shards(self, split: str) -> Path:
+        """The folder of the feature shards of a split, such as ``train`` or ``proxies/phase``."""
+        return self.features / split
+
+    def relative(self, path: Path) -> str:
+        """A path as it is named in records, which do not depend on where the workspace lies."""
+        return str(path.relative_to(self.root))

@@ -16,6 +16,8 @@ from filelock import FileLock
 from hypothesis import settings
 from ruamel.yaml import YAML
 
+from opnp.workspace import Workspace
+
 # Commands in the background ignore SIGINT, and so would the programs that tests send it to.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -24,6 +26,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).parents[1]
+
+HERE = Workspace(Path())
+"""The workspace of tests that run in it; its paths are relative, and so the same in any of them."""
 
 # What a clone holds that a run needs; the rest of a workspace is made by running.
 WORKSPACE = (

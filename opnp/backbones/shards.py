@@ -16,9 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from opnp.errors import InputError
+from opnp.errors import InputError, first_line
 from opnp.runtime.files import atomic
-from opnp.workspace import FEATURES
 
 __all__ = [
     "Shard",
@@ -26,6 +25,7 @@ __all__ = [
     "divide",
     "is_whole",
     "load",
+    "read_metadata",
     "read_shard",
     "shard_paths",
     "write_shard",
@@ -37,7 +37,8 @@ class Shard:
     """Rows ``start`` to ``stop`` of the split ``split``.
 
     Attributes:
-        split: ``train``, ``validation``, ``test``, ``ood/NAME`` or ``proxies/NAME``.
+        split: ``train``, ``validation``, ``test``, ``ood/NAME``, ``outliers/NAME`` or
+            ``proxies/NAME``.
         index: position among the split's shards.
         start: first row.
         stop: row after the last.
@@ -50,9 +51,9 @@ class Shard:
     stop: int
     count: int
 
-    @property
-    def path(self) -> Path:
-        return FEATURES / self.split / f"{self.index:05d}.arrow"
+    def path(self, folder: Path) -> Path:
+        """The file of the shard in the folder of all features."""
+        return folder / self.split / f"{self.index:05d}.arrow"
 
 
 def divide(split: str, count: int, size: int) -> list[Shard]:
@@ -70,6 +71,7 @@ def checksum(features: NDArray[Any], labels: NDArray[np.int64], rows: NDArray[np
 
 
 def write_shard(
+    path: Path,
     shard: Shard,
     features: Tensor,
     labels: NDArray[np.int64],
@@ -79,6 +81,7 @@ def write_shard(
     """Write one shard atomically.
 
     Args:
+        path: the file.
         shard: which rows these are.
         features: float32 (N, L).
         labels: int64 (N,); −1 for OOD and proxies.
@@ -93,8 +96,9 @@ def write_shard(
     if not np.isfinite(values).all():
         row = int(rows[~np.isfinite(values).all(axis=1)][0])
         raise InputError(
-            f"The features of {shard.split} hold NaN or infinite values (first in row {row}): "
-            f"check the backbone and the images, or set features.dtype to float32 (it is {dtype})."
+            f"The features of {shard.split} hold NaN or infinite values as {dtype} (first in row "
+            f"{row}): check the backbone and the images"
+            f"{', or store float32' * (dtype == 'float16')}."
         )
     column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
     table = pa.table(
@@ -102,7 +106,7 @@ def write_shard(
     ).replace_schema_metadata(
         {**described(shard, origin), "checksum": checksum(values, labels, rows)}
     )
-    with atomic(shard.path) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
+    with atomic(path) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
         writer.write_table(table)
 
 
@@ -121,7 +125,6 @@ def read_shard(path: Path) -> tuple[Tensor, NDArray[np.int64], dict[str, str]]:
     Raises:
         InputError: the file is missing, truncated, altered, or no shard.
     """
-    again = "stage:features"
     try:
         with pa.memory_map(str(path)) as source:
             table = pa.ipc.open_file(source).read_all()
@@ -133,80 +136,94 @@ def read_shard(path: Path) -> tuple[Tensor, NDArray[np.int64], dict[str, str]]:
         rows = table.column("index").to_numpy()
         damaged = found.pop("checksum") != checksum(values, labels, rows)
     except FileNotFoundError:
-        raise InputError(f"Shard {path} is missing.", again) from None
+        raise InputError(f"Shard {path} is missing.") from None
     except (OSError, pa.ArrowException, KeyError, AttributeError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"Shard {path} is damaged ({reason}).", again) from None
+        raise InputError(f"Shard {path} is damaged ({first_line(error)}).") from None
     if damaged:
-        raise InputError(f"Shard {path} is damaged (its checksum differs).", again)
+        raise InputError(f"Shard {path} is damaged (its checksum differs).")
     return torch.from_numpy(values.copy()), labels, found
 
 
-def is_whole(shard: Shard, origin: dict[str, str]) -> bool:
-    """Whether the shard is there, undamaged and made from exactly ``origin``; one is named if it is
-    damaged."""
-    if not shard.path.exists():
-        return False
-    try:
-        return read_shard(shard.path)[2] == described(shard, origin)
-    except InputError:
-        print(f"features: {shard.path} is damaged, and made again", flush=True)
-        return False
-
-
-def shard_paths(split: str, expected: dict[str, str]) -> list[Path]:
-    """The shards of a split in order, after a look at what they say they are.
-
-    Only the metadata are read here: a shard's contents are verified when `read_shard` reads them.
-
-    Args:
-        split: see `Shard`.
-        expected: metadata each shard must have, such as ``backbone``.
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a shard says of itself; its contents are not verified.
 
     Raises:
-        InputError: there are none, one is damaged or made from something else, or some are missing.
+        InputError: the file is missing, truncated, or no shard.
     """
-    again = "stage:features"
-    paths = sorted((FEATURES / split).glob("*.arrow"))
+    try:
+        with pa.memory_map(str(path)) as source:
+            metadata = pa.ipc.open_file(source).schema.metadata
+        return {key.decode(): value.decode() for key, value in metadata.items()}
+    except FileNotFoundError:
+        raise InputError(f"Shard {path} is missing.") from None
+    except (OSError, pa.ArrowException, AttributeError, ValueError) as error:
+        raise InputError(f"Shard {path} is damaged ({first_line(error)}).") from None
+
+
+def is_whole(path: Path, shard: Shard, origin: dict[str, str]) -> bool:
+    """Whether the shard is there, undamaged, and made from exactly ``origin``.
+
+    A damaged shard is named in the output.
+    """
+    if not path.exists():
+        return False
+    try:
+        return read_shard(path)[2] == described(shard, origin)
+    except InputError:
+        print(f"features: {path} is damaged, and made again", flush=True)
+        return False
+
+
+def shard_paths(folder: Path, expected: dict[str, str]) -> list[Path]:
+    """The shards of a split in order, after a check of what they say of themselves.
+
+    Only the metadata are read here: `read_shard` verifies the contents.
+
+    Args:
+        folder: of the split's shards.
+        expected: the metadata that each shard must have, such as ``backbone``.
+
+    Raises:
+        InputError: the folder holds no shards, a shard is damaged or made from something else, or
+            rows are missing.
+    """
+    paths = sorted(folder.glob("*.arrow"))
     if not paths:
-        raise InputError(f"{FEATURES / split} holds no shards.", again)
+        raise InputError(f"{folder} holds no shards.")
     stop = count = 0
     for path in paths:
+        found = read_metadata(path)
         try:
-            with pa.memory_map(str(path)) as source:
-                metadata = pa.ipc.open_file(source).schema.metadata
-            found = {key.decode(): value.decode() for key, value in metadata.items()}
             start, end = map(int, found["rows"].split("-"))
             count = int(found["count"])
-        except (OSError, pa.ArrowException, KeyError, AttributeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(f"Shard {path} is damaged ({reason}).", again) from None
+        except (KeyError, ValueError) as error:
+            raise InputError(f"Shard {path} is damaged ({first_line(error)}).") from None
         for key, value in expected.items():
             if found.get(key) != value:
-                raise InputError(f"Shard {path} was made with another {key}.", again)
+                raise InputError(f"Shard {path} was made with another {key}.")
         if start != stop:
-            raise InputError(f"Before shard {path} rows {stop} to {start} are missing.", again)
+            raise InputError(f"Rows {stop} to {start} before shard {path} are missing.")
         stop = end
     if stop != count:
-        raise InputError(f"{FEATURES / split} holds {stop} rows of {count}.", again)
+        raise InputError(f"{folder} holds {stop} of {count} rows.")
     return paths
 
 
-def load(split: str, expected: dict[str, str]) -> tuple[Tensor, Tensor]:
+def load(folder: Path, expected: dict[str, str]) -> tuple[Tensor, Tensor]:
     """All features of a split.
 
     Args:
-        split: see `Shard`.
-        expected: metadata each shard must have, such as ``backbone``.
+        folder: of the split's shards.
+        expected: the metadata that each shard must have, such as ``backbone``.
 
     Returns:
         Features, float32 (N, L), and labels, int64 (N,).
 
     Raises:
-        InputError: shards are missing, damaged, made from something else, or not the whole split.
+        InputError: shards are missing, damaged or made from something else, or rows are missing.
     """
     parts, labels = [], []
-    for path in shard_paths(split, expected):
+    for path in shard_paths(folder, expected):
         features, label, _ = read_shard(path)
         parts.append(features.float())
         labels.append(torch.from_numpy(label.copy()))

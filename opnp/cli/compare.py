@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from opnp.cli.words import here
 from opnp.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def compare(
         raise InputError("--markdown and --json exclude each other: choose one.")
     from opnp.tracking import history, mlflow_client
 
-    runs = history.detector_runs(experiment or mlflow_client.experiment_name())
+    runs = history.detector_runs(here(), experiment or mlflow_client.experiment_name())
     table = tabulate(runs, metric, on, detectors.split(",") if detectors else None, data)
     if as_json:
         print(json.dumps(as_values(table), indent=2))

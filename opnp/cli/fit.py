@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from opnp.cli.options import AsJson, Device, option, takes
-from opnp.cli.words import describe, device_named, find_own_code, read_classes, told
+from opnp.cli.words import describe, device_named, find_own_code, here, read_classes, told
 from opnp.deployment.settings import FitSettings
 from opnp.errors import InputError
 
@@ -72,10 +72,12 @@ def fit(
             raise InputError(
                 f"--from-run takes the mask that the run chose: leave {option(searched[0])} out."
             )
+        from opnp.pipeline.detector import from_run as made_by
         from opnp.pipeline.parameters import load as load_parameters
-        from opnp.pipeline.stages import detector as of_run
+        from opnp.pipeline.results import Run
 
-        made = of_run.from_run(load_parameters(), settings.accept)
+        workspace = here()
+        made = made_by(Run(workspace, load_parameters(workspace.parameters)), settings.accept)
     else:
         if model is None or id_train is None or id_val is None:
             raise InputError("Give --model, --id-train and --id-val, or --from-run.")

@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from opnp.cli.program import EXIT_CODES, Command, new_app
+from opnp.cli.words import here
 from opnp.errors import InputError
 
 __all__ = ["STAGES", "add_to"]
@@ -70,7 +71,7 @@ def run() -> None:
     with pipeline_of("run"):
         from flows import pipeline, process
     with process.program():
-        pipeline.pipeline()
+        pipeline.pipeline(here())
 
 
 def stages() -> typer.Typer:
@@ -113,7 +114,7 @@ def retrain(serve: Serve = False, cron: Cron = None, interval: Interval = None) 
         schedule.serve(flow.retrain, cron, interval)
     else:
         with process.program():
-            flow.retrained()
+            flow.retrained(here())
 
 
 def monitor(
@@ -133,7 +134,8 @@ def monitor(
         schedule.serve(flow.monitor, cron, interval, folder=str(folder))
         return
     with process.program(flow.LOCK):
-        beyond = flow.watch(folder, parameters.load())
+        workspace = here()
+        beyond = flow.watch(workspace, folder, parameters.load(workspace.parameters))
     if beyond:
         raise typer.Exit(BEYOND)
 

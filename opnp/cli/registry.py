@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from opnp.cli.options import Detector, Trust
-from opnp.cli.words import find_own_code
+from opnp.cli.words import find_own_code, here
 
 __all__ = ["promote", "register", "rollback", "serve"]
 
@@ -25,7 +25,7 @@ def register(
 
     if trust is not None:
         find_own_code()
-    print(f"version {registry.register(detector, alias, trust=trust)} is {alias}")
+    print(f"version {registry.register(here(), detector, alias, trust=trust)} is {alias}")
 
 
 def promote(
@@ -44,7 +44,7 @@ def promote(
     """
     from opnp.tracking import registry
 
-    print(f"version {registry.promote(version)} is champion")
+    print(f"version {registry.promote(here(), version)} is champion")
 
 
 def rollback() -> None:
@@ -56,7 +56,7 @@ def rollback() -> None:
     """
     from opnp.tracking import registry
 
-    print(f"version {registry.rollback()} is champion")
+    print(f"version {registry.rollback(here())} is champion")
 
 
 def serve(
@@ -76,4 +76,4 @@ def serve(
     from opnp.deployment import http
     from opnp.tracking import registry
 
-    http.serve(registry.uri(alias), host, port, max_bytes)
+    http.serve(registry.uri(here(), alias), host, port, max_bytes)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from opnp.errors import InputError, first_line
+from opnp.workspace import Workspace
 
 if TYPE_CHECKING:
     from opnp.deployment.detector import SavedDetector
@@ -22,6 +23,11 @@ def read_classes(path: Path | None) -> list[str] | None:
         return path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({first_line(error)}).", "classes") from None
+
+
+def here() -> Workspace:
+    """The workspace in which the program was called: the current folder."""
+    return Workspace(Path.cwd())
 
 
 def find_own_code() -> None:

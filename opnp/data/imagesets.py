@@ -24,9 +24,10 @@ from opnp.data.splits import Example, Unreadable
 from opnp.errors import InputError
 from opnp.runtime.files import atomic, digest, read_json
 from opnp.runtime.storage import RemoteFile
-from opnp.workspace import DATA, MANIFEST
 
 __all__ = ["ImageSet", "Manifest", "data_file", "read", "read_manifest", "unit", "write"]
+
+MANIFEST = "manifest.json"
 
 ROW_GROUP = 1024  # images: what is decoded at once when some rows are read
 
@@ -60,7 +61,7 @@ class ImageSet:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is in `data/`.
+    """What a folder of image sets holds.
 
     Attributes:
         parameters: the section ``data`` that the sets were made with, and ``outliers``, if any.
@@ -95,21 +96,23 @@ class Manifest:
         return values
 
 
-def data_file(name: str, folder: Path = DATA) -> Path:
-    """Where the set ``name`` lies."""
+def data_file(name: str, folder: Path) -> Path:
+    """Where the set ``name`` lies in a folder of sets."""
     return folder / f"{name}.parquet"
 
 
-def read_manifest(elsewhere: bool = False) -> Manifest:
-    """The manifest of `data/`, after a look at whether all its files are there.
+def read_manifest(folder: Path, elsewhere: bool = False) -> Manifest:
+    """The manifest of a folder of image sets.
 
     Args:
-        elsewhere: they may lie in a storage instead.
+        folder: of the sets.
+        elsewhere: the sets may lie in a storage instead.
 
     Raises:
-        InputError: data are missing or the manifest is broken.
+        InputError: a set is missing, or the manifest is missing or damaged.
     """
-    values = read_json(MANIFEST, "stage:fetch")
+    path = folder / MANIFEST
+    values = read_json(path)
     try:
         manifest = Manifest(
             values["parameters"],
@@ -118,10 +121,10 @@ def read_manifest(elsewhere: bool = False) -> Manifest:
             values.get("missing", {}),
         )
     except (KeyError, TypeError) as error:
-        raise InputError(f"{MANIFEST} is not a manifest ({error}).", "stage:fetch") from None
+        raise InputError(f"{path} is not a manifest ({error}).") from None
     for name in manifest.sets:
-        if not elsewhere and not data_file(name).is_file():
-            raise InputError(f"{data_file(name)} is missing.", "stage:fetch")
+        if not elsewhere and not data_file(name, folder).is_file():
+            raise InputError(f"{data_file(name, folder)} is missing.")
     return manifest
 
 
@@ -193,9 +196,7 @@ def write(
                 labels.update(y for _, y in group)
                 count += len(group)
         if count == 0:
-            raise InputError(
-                f"The set {path.stem} is empty: {source} gave no images; correct section data."
-            )
+            raise InputError(f"The set {path.stem} is empty: {source} gave no images.")
     per_class = {classes[y]: labels[y] for y in sorted(labels)} if classes else {}
     return ImageSet(role, source, count, per_class, digest(path))
 
@@ -303,7 +304,7 @@ def read_encoded(path: Path | RemoteFile, start: int = 0, stop: int | None = Non
             total = int(ends[-1]) if len(ends) else 0
             stop = total if stop is None else stop
             if stop > total:
-                raise InputError(f"{path} holds {total} images, not {stop}.", "stage:fetch")
+                raise InputError(f"{path} holds {total} images, not {stop}.")
             if start >= stop:
                 raise InputError(f"{path} holds no images.", "data")
             first, last = np.searchsorted(ends, [start, stop - 1], side="right")
@@ -311,10 +312,10 @@ def read_encoded(path: Path | RemoteFile, start: int = 0, stop: int | None = Non
         encoded = table.column("image").combine_chunks().field("bytes")
         labels = table.column("label").cast(pa.int64()).to_numpy().copy()
     except FileNotFoundError:
-        raise InputError(f"{path} is missing.", "stage:fetch") from None
+        raise InputError(f"{path} is missing.") from None
     except (OSError, pa.ArrowException, KeyError, AttributeError) as error:
         reason = str(error).splitlines()[0]
-        about = "stage:fetch" if isinstance(path, Path) else "storage"
+        about = None if isinstance(path, Path) else "storage"
         raise InputError(f"{path} is damaged ({reason}).", about) from None
     offset = int(ends[first - 1]) if first else 0
     chosen = slice(start - offset, stop - offset)

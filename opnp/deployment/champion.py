@@ -21,6 +21,7 @@ from opnp.errors import InputError
 from opnp.metrics.bootstrap import bootstrap_mean_fpr95, interval
 from opnp.metrics.separation import fpr95_auroc
 from opnp.runtime.files import atomic_folder, digest, read_json, write_json
+from opnp.workspace import Workspace
 
 __all__ = ["Verdict", "check_unseen", "compare", "freeze", "frozen_digest"]
 
@@ -55,11 +56,11 @@ class Verdict:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
-def freeze(folder: Path) -> None:
-    """Copy the test sets of `data/` to the folder, unless it is there already."""
+def freeze(workspace: Workspace, folder: Path) -> None:
+    """Copy the test sets of a run's data to the folder, unless it is there already."""
     if folder.exists():
         return
-    manifest = read_manifest()
+    manifest = read_manifest(workspace.data)
     kept = {
         name: {"sha256": entry.sha256, "count": entry.count}
         for name, entry in manifest.sets.items()
@@ -69,7 +70,7 @@ def freeze(folder: Path) -> None:
         for name in kept:
             target = data_file(name, temporary)
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(data_file(name), target)
+            shutil.copyfile(workspace.images(name), target)
         write_json(temporary / ABOUT, {"classes": manifest.classes, "sets": kept})
 
 
@@ -103,7 +104,7 @@ def frozen_digest(folder: Path) -> str:
     return digest(folder / ABOUT)
 
 
-def check_unseen(folder: Path) -> None:
+def check_unseen(workspace: Workspace, folder: Path) -> None:
     """Refuse a challenger that was made from images it is to be judged on.
 
     Raises:
@@ -116,10 +117,10 @@ def check_unseen(folder: Path) -> None:
 
     judged = images(data_file("test", folder))
     for split in ("train", "validation"):
-        if seen := len(judged & images(data_file(split))):
+        if seen := len(judged & images(workspace.images(split))):
             raise InputError(
-                f"{seen} images of {folder} are in {data_file(split)}, so that the challenger has "
-                "seen what it is judged on: give data.id a test split of its own, or name a "
+                f"{seen} images of {folder} are in {workspace.images(split)}, so the challenger "
+                "has seen what it is judged on: give data.id a test split of its own, or name a "
                 "folder of other images in retrain.evaluation."
             )
 

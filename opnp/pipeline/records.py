@@ -1,7 +1,7 @@
 """Runs in MLflow.
 
-A run is first written to `logs/unlogged/`, whole, and only then logged; what has been logged is
-removed. So a tracking server that is down loses nothing: the next run logs what waits there.
+A run is first written whole to `logs/unlogged/`, and only then logged; what has been logged is
+removed. So nothing is lost while a tracking server is down: the next run logs what waits there.
 
 A run of the pipeline is a run in MLflow, and each of its detectors a child of that run, which
 `opnp compare` puts side by side over backbones, data and seeds.
@@ -12,12 +12,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from uuid import uuid4
 
-from opnp import workspace
 from opnp.errors import first_line
-from opnp.runtime.files import atomic, digest, read_json, write_json
+from opnp.pipeline.results import Run
+from opnp.pipeline.results.times import read_times
+from opnp.runtime.files import atomic, digest, write_json
 from opnp.tracking.mlflow_client import (
     LONGEST,
     experiment_id,
@@ -26,99 +27,98 @@ from opnp.tracking.mlflow_client import (
     tracking_uri,
 )
 from opnp.tracking.runs import log
-
-if TYPE_CHECKING:
-    from opnp.pipeline.parameters import Parameters
+from opnp.workspace import Workspace
 
 __all__ = ["begin", "begun", "log_or_wait", "log_waiting", "record_run", "stash", "waiting"]
 
 
-UNLOGGED = Path("logs/unlogged")
-UNRECORDED = Path("logs/unrecorded")  # names the record that the run at work will have
+def files(workspace: Workspace) -> list[Path]:
+    """The files that a record keeps copies of."""
+    return [
+        workspace.parameters,
+        workspace.training,
+        workspace.history,
+        workspace.sensitivity,
+        workspace.trials,
+        workspace.mask,
+        workspace.mask_react,
+        workspace.search,
+        workspace.metrics,
+        workspace.intervals,
+        workspace.evaluation,
+        workspace.comparison,
+        workspace.comparison_text,
+        workspace.report,
+        *([workspace.times] if workspace.times.is_file() else []),
+    ]
 
-FILES = (
-    workspace.PARAMETERS,
-    workspace.TRAINING,
-    workspace.HISTORY,
-    workspace.SENSITIVITY,
-    workspace.TRIALS,
-    workspace.MASK,
-    workspace.MASK_REACT,
-    workspace.SEARCH,
-    workspace.METRICS,
-    workspace.INTERVALS,
-    workspace.EVALUATION,
-    workspace.COMPARISON,
-    workspace.COMPARISON_TEXT,
-    workspace.REPORT,
-)
 
-
-def waiting() -> list[Path]:
+def waiting(workspace: Workspace) -> list[Path]:
     """Runs on disk that are not in MLflow yet, oldest first."""
-    return sorted(path.parent for path in UNLOGGED.glob("*/run.json"))
+    return sorted(path.parent for path in workspace.unlogged.glob("*/run.json"))
 
 
-def begin() -> None:
-    """Name the record that a run will have, which has done a stage: one that is killed now, and
-    goes on later or has nothing left to do, is recorded once."""
-    if not begun():
-        with atomic(UNRECORDED) as temporary:
+def begin(workspace: Workspace) -> None:
+    """Name the record of a run that has done a stage.
+
+    So a run that is killed now is recorded once, whether it goes on later or has nothing left to
+    do.
+    """
+    if not begun(workspace):
+        with atomic(workspace.unrecorded) as temporary:
             temporary.write_text(f"{time.time_ns()}-{uuid4().hex[:8]}")
 
 
-def begun() -> bool:
+def begun(workspace: Workspace) -> bool:
     """Whether a run has begun whose record is still to be made."""
-    return UNRECORDED.exists()
+    return workspace.unrecorded.exists()
 
 
-def record_run(parameters: "Parameters", seconds: dict[str, float]) -> None:
-    """Record the run whose artifacts lie in the workspace, in MLflow or until it can be reached."""
-    stash(parameters, seconds)
-    log_or_wait()
+def record_run(run: Run, seconds: dict[str, float]) -> None:
+    """Record a finished run in MLflow; on disk, until MLflow can be reached."""
+    stash(run, seconds)
+    log_or_wait(run.workspace)
 
 
-def log_or_wait() -> None:
-    """Log what waits for MLflow; what cannot be logged is said to, and waits on."""
-    if not waiting():
+def log_or_wait(workspace: Workspace) -> None:
+    """Log the runs that wait for MLflow; say which cannot be logged, and let them wait on."""
+    if not waiting(workspace):
         return
-    for folder, error in log_waiting().items():
+    for folder, error in log_waiting(workspace).items():
         if error:
             print(
-                f"MLflow at {tracking_uri()} could not be reached, or refused the run "
+                f"MLflow at {tracking_uri(workspace)} could not be reached, or refused the run "
                 f"({first_line(error)}): it waits in {folder} and is logged with the next.",
                 file=sys.stderr,
             )
 
 
-def stash(parameters: "Parameters", seconds: dict[str, float]) -> Path:
-    """Write down the run whose artifacts lie in the workspace, with copies of its files.
+def stash(run: Run, seconds: dict[str, float]) -> Path:
+    """Write down a finished run, with copies of its files.
 
     Args:
-        parameters: of the run.
+        run: the run.
         seconds: wall time of each stage that ran.
 
     Returns:
         The folder of the record.
     """
-    begin()
-    folder = UNLOGGED / UNRECORDED.read_text()
+    workspace = run.workspace
+    begin(workspace)
+    folder = workspace.unlogged / workspace.unrecorded.read_text()
     folder.mkdir(parents=True, exist_ok=True)
-    for path in (*FILES, *([workspace.TIMES] if workspace.TIMES.is_file() else [])):
+    for path in files(workspace):
         shutil.copy2(path, folder / path.name)
-    # The record comes last: a folder without one is no run.
-    write_json(folder / "run.json", record(parameters, seconds))
-    UNRECORDED.unlink()
+    # The record comes last: a folder without one holds no run.
+    write_json(folder / "run.json", record(run, seconds))
+    workspace.unrecorded.unlink()
     return folder
 
 
-def record(parameters: "Parameters", seconds: dict[str, float]) -> dict[str, Any]:
-    from opnp.data.imagesets import data_file, read_manifest
-
-    metrics = read_json(workspace.METRICS, "stage:evaluate")
-    training = read_json(workspace.TRAINING, "stage:train")
-    search = read_json(workspace.SEARCH, "stage:search")
-    manifest = read_manifest()
+def record(run: Run, seconds: dict[str, float]) -> dict[str, Any]:
+    """What MLflow holds of a run."""
+    parameters, manifest, workspace = run.parameters, run.manifest, run.workspace
+    metrics, training, chosen = run.metrics, run.training.record, run.search["opnp"]
     return {
         "time": int(time.time() * 1000),
         "name": f"{Path(parameters.data.id).name}-{parameters.train.backbone}-{parameters.seed}",
@@ -126,7 +126,7 @@ def record(parameters: "Parameters", seconds: dict[str, float]) -> dict[str, Any
         "metrics": flattened({key_of(name): of for name, of in metrics["detectors"].items()})
         | flattened({key_of(name): of for name, of in metrics["id"].items()}, "id/")
         | {f"{split}_accuracy": training[f"{split}_accuracy"] for split in ("train", "validation")}
-        | {f"search/{key}": search["opnp"][key] for key in ("fpr95", "auroc", "accuracy", "pruned")}
+        | {f"search/{key}": chosen[key] for key in ("fpr95", "auroc", "accuracy", "pruned")}
         | {f"seconds/{stage}": value for stage, value in seconds.items()}
         | {"unreadable_images": sum(len(entry.unreadable) for entry in manifest.sets.values())},
         "tags": {
@@ -134,27 +134,25 @@ def record(parameters: "Parameters", seconds: dict[str, float]) -> dict[str, Any
             "backbone.sha256": training["sha256"],
             "data": parameters.data.id,
             **({"missing": ", ".join(manifest.missing)} if manifest.missing else {}),
-            **git_tags(),
+            **git_tags(workspace.root),
         },
         "datasets": [
             {
                 "name": name,
-                "digest": digest(data_file(name), "md5"),
+                "digest": digest(workspace.images(name), "md5"),
                 "source": entry.source,
-                "path": str(data_file(name)),
+                "path": workspace.relative(workspace.images(name)),
                 "context": entry.role,
             }
             for name, entry in manifest.sets.items()
         ],
-        "detectors": detector_records(parameters, metrics["detectors"]),
+        "detectors": detector_records(run),
     }
 
 
-def detector_records(parameters: "Parameters", detectors: dict[str, Any]) -> dict[str, Any]:
+def detector_records(run: Run) -> dict[str, Any]:
     """What the child run of each detector holds; of one that could not run, only why."""
-    again = "stage:evaluate"
-    evaluation = read_json(workspace.EVALUATION, again)
-    times = read_json(workspace.TIMES, again) if workspace.TIMES.is_file() else {}
+    parameters, evaluation, times = run.parameters, run.evaluation, read_times(run.workspace)
     units = {"tune": "seconds/tune", "fit": "seconds/fit", "score": "milliseconds_per_1000/score"}
     about = {
         "backbone": parameters.train.backbone,
@@ -162,9 +160,9 @@ def detector_records(parameters: "Parameters", detectors: dict[str, Any]) -> dic
         "seed": parameters.seed,
     }
     records: dict[str, Any] = {}
-    for name, by_column in detectors.items():
+    for name, by_column in run.metrics["detectors"].items():
         ranks = {f"{column}/rank": rank for column, rank in evaluation["ranks"][name].items()}
-        took = {units[what]: value for what, value in times.get(name, {}).items()}
+        took = {units[what]: value for what, value in times.get(name, {}).items() if what in units}
         pruned = {"pruned": evaluation["pruned"][name]} if name in evaluation["pruned"] else {}
         records[name] = {
             "parameters": flattened(evaluation["hyperparameters"][name])
@@ -186,16 +184,16 @@ def detector_records(parameters: "Parameters", detectors: dict[str, Any]) -> dic
 
 
 def key_of(detector: str) -> str:
-    """A detector's name in the names of metrics, where MLflow allows no plus sign."""
+    """A detector's name within the names of metrics, where MLflow allows no plus sign."""
     return detector.replace("+", "-")
 
 
-def git_tags() -> dict[str, str]:
-    """The commit of the workspace, and whether it has been changed since; nothing outside git."""
+def git_tags(folder: Path) -> dict[str, str]:
+    """The commit that a folder is at, and whether it has changed since; nothing outside git."""
 
     def git(*words: str) -> str:
-        result = subprocess.run(["git", *words], capture_output=True, text=True, check=True)
-        return result.stdout.strip()
+        command = ["git", "-C", str(folder), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
@@ -204,17 +202,17 @@ def git_tags() -> dict[str, str]:
     return {"mlflow.source.git.commit": commit, "git.changed": str(bool(changes)).lower()}
 
 
-def log_waiting() -> dict[Path, Exception | None]:
+def log_waiting(workspace: Workspace) -> dict[Path, Exception | None]:
     """Log every waiting run to MLflow, each on its own, and remove the records of those logged.
 
     Returns:
-        Each record's folder, and what kept it from being logged, if anything did.
+        The folder of each record, and the error that kept it from being logged, if any.
     """
     mlflow = quiet_mlflow()
     outcomes: dict[Path, Exception | None] = {}
-    for folder in waiting():
+    for folder in waiting(workspace):
         try:
-            client = mlflow.MlflowClient(tracking_uri())
+            client = mlflow.MlflowClient(tracking_uri(workspace))
             log(client, experiment_id(client), folder)
             shutil.rmtree(folder)
             outcomes[folder] = None

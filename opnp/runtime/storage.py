@@ -12,8 +12,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import chdir, contextmanager
-from functools import cache
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -123,53 +122,46 @@ class Storage:
 
     def compute(
         self,
-        inputs: Mapping[Path, str],
-        path: Path,
-        origin: Callable[[], dict[str, Any]],
-        compute: Callable[[], bool],
+        inputs: Mapping[str, str],
+        path: str,
+        origin: Callable[[Path], dict[str, Any]],
+        compute: Callable[[Path], bool],
     ) -> tuple[bool, str]:
-        """Make a file in this process's own workspace and bring it here, unless it is here already.
+        """Make a file in a folder of this thread's own and bring it here, unless it is here.
 
         Args:
-            inputs: what the workspace must hold, with the digests it has here.
-            path: the file, relative to the workspace.
-            origin: says, in the workspace, what the file is to be made from.
-            compute: makes it, in the workspace, unless it lies there whole; says whether it did.
+            inputs: what the folder must hold: the digests under which the files are here, by their
+                paths in the folder.
+            path: of the file in the folder.
+            origin: says what the file is to be made from; takes the folder.
+            compute: makes the file unless it is there, whole, and says whether it did; takes the
+                folder.
 
         Returns:
-            Whether it was made, and its digest.
+            Whether the file was made, and its digest.
 
         Raises:
             InputError: an input is missing or damaged in the storage.
             UnavailableError: the storage could not be reached.
         """
-        with self.workspace(inputs):
-            made_from = origin()
-            found = self.result(made_from)
-            if found:
-                try:
-                    self.get(found, path)
-                except UnavailableError:
-                    raise
-                except InputError:  # it was deleted or damaged: it is made again
-                    pass
-            if not compute() and found:
-                return False, found
-            sha256 = self.put(path, replace=True)
-            self.record(made_from, sha256)
-            return True, sha256
-
-    @contextmanager
-    def workspace(self, inputs: Mapping[Path, str]) -> Iterator[None]:
-        """Run the block in a folder of this process's own that holds exactly ``inputs``.
-
-        The current folder is the process's: its threads, if there are several, wait for each other.
-        """
-        with one_at_a_time, chdir(own_folder().name):
-            remove_others(Path(), set(inputs))
-            for path, sha256 in inputs.items():
-                self.get(sha256, path)
-            yield
+        folder = own_folder()
+        remove_others(folder, {folder / name for name in inputs})
+        for name, sha256 in inputs.items():
+            self.get(sha256, folder / name)
+        made_from = origin(folder)
+        found = self.result(made_from)
+        if found:
+            try:
+                self.get(found, folder / path)
+            except UnavailableError:
+                raise
+            except InputError:  # it was deleted or damaged: it is made again
+                pass
+        if not compute(folder) and found:
+            return False, found
+        sha256 = self.put(folder / path, replace=True)
+        self.record(made_from, sha256)
+        return True, sha256
 
     def result(self, origin: dict[str, Any]) -> str | None:
         """The digest of the result that is made from ``origin``; None if there is none."""
@@ -265,13 +257,14 @@ class RemoteFile(AbstractBufferedFile):
             return bytes(super()._fetch_range(start, end))
 
 
-one_at_a_time = threading.Lock()
+worker = threading.local()
 
 
-@cache
-def own_folder() -> "tempfile.TemporaryDirectory[str]":
-    """A temporary folder for as long as this process lives."""
-    return tempfile.TemporaryDirectory(prefix="opnp-worker-")
+def own_folder() -> Path:
+    """A temporary folder of this thread's own, which lasts as long as the thread."""
+    if not hasattr(worker, "folder"):
+        worker.folder = tempfile.TemporaryDirectory(prefix="opnp-worker-")
+    return Path(worker.folder.name)
 
 
 def result_name(origin: dict[str, Any]) -> str:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from opnp.errors import InputError
 from opnp.runtime.files import atomic
 
-__all__ = ["load", "save"]
+__all__ = ["load", "metadata", "save"]
 
 # safetensors writes its metadata in an order of its own, another in every process. One entry, which
 # holds all of ours as JSON, has only one order, so that the same contents make the same file.
@@ -46,15 +48,39 @@ def load(path: Path, about: str | None = None) -> tuple[dict[str, Tensor], dict[
     Raises:
         InputError: the file is missing, truncated, altered or no safetensors file.
     """
+    with opened(path, about) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found = stated(file)
+    expected = found.pop("checksum", None)
+    if expected and expected != checksum(tensors, found):
+        raise InputError(f"{path} is damaged (its checksum differs).", about)
+    return tensors, found
+
+
+def metadata(path: Path, about: str | None = None) -> dict[str, Any]:
+    """Read the metadata without the tensors; the checksum is not verified.
+
+    Raises:
+        InputError: the file is missing, truncated or no safetensors file.
+    """
+    with opened(path, about) as file:
+        found = stated(file)
+    found.pop("checksum", None)
+    return found
+
+
+@contextmanager
+def opened(path: Path, about: str | None) -> Iterator[Any]:
+    """Open a safetensors file; whatever goes wrong in the block is told in one sentence."""
     if not Path(path).is_file():
         raise InputError(f"{path} is missing.", about)
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            metadata = json.loads((file.metadata() or {}).get(ENTRY, "{}"))
-            expected = metadata.pop("checksum", None)
+            yield file
     except (OSError, SafetensorError, ValueError, AttributeError) as error:
         raise InputError(f"{path} is damaged ({error}).", about) from None
-    if expected and expected != checksum(tensors, metadata):
-        raise InputError(f"{path} is damaged (its checksum differs).", about)
-    return tensors, metadata
+
+
+def stated(file: Any) -> dict[str, Any]:
+    """The metadata of an open file."""
+    return dict(json.loads((file.metadata() or {}).get(ENTRY, "{}")))

@@ -6,6 +6,7 @@ from typing import Any
 
 from opnp.errors import InputError, did_you_mean, first_line
 from opnp.tracking.mlflow_client import PARENT, experiment_name, quiet_mlflow, tracking_uri
+from opnp.workspace import Workspace
 
 __all__ = ["DetectorRun", "detector_runs"]
 
@@ -33,16 +34,17 @@ class DetectorRun:
     metrics: dict[str, float]
 
 
-def detector_runs(experiment: str) -> list[DetectorRun]:
+def detector_runs(workspace: Workspace, experiment: str) -> list[DetectorRun]:
     """Read every detector of every completely logged run of an experiment, latest run first.
 
     Args:
+        workspace: whose MLflow is read.
         experiment: name of the experiment in MLflow.
 
     Raises:
         InputError: the experiment or its runs do not exist, or MLflow cannot be read.
     """
-    uri = tracking_uri()
+    uri = tracking_uri(workspace)
     nothing = f"MLflow at {uri} holds no comparison of detectors."
     file = uri.removeprefix("sqlite:///")
     if file != uri and not Path(file).is_file():  # MLflow would create it

@@ -1,8 +1,9 @@
 """The connection to MLflow: its address, and logging within its limits."""
 
 import os
-from pathlib import Path
 from typing import Any
+
+from opnp.workspace import Workspace
 
 __all__ = ["experiment_name", "tracking_uri"]
 
@@ -14,9 +15,9 @@ PARAMETERS_AT_ONCE, METRICS_AT_ONCE = 100, 900
 PARENT = "mlflow.parentRunId"
 
 
-def tracking_uri() -> str:
-    """The value of MLFLOW_TRACKING_URI, by default an SQLite file in the current folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+def tracking_uri(workspace: Workspace) -> str:
+    """The value of MLFLOW_TRACKING_URI, by default an SQLite file in the workspace."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{workspace.tracking.resolve()}"
 
 
 def experiment_name() -> str:

@@ -19,6 +19,7 @@ from opnp.deployment.detector import load as load_detector
 from opnp.errors import InputError, first_line
 from opnp.tracking.mlflow_client import experiment_name, quiet_mlflow, tracking_uri
 from opnp.tracking.models import log_model
+from opnp.workspace import Workspace
 
 __all__ = ["CHALLENGER", "CHAMPION", "champion", "load", "promote", "register", "rollback", "uri"]
 
@@ -27,6 +28,7 @@ REPLACED, DIGEST = "replaced", "detector.digest"
 
 
 def register(
+    workspace: Workspace,
     folder: Path | str,
     alias: str | None = CHALLENGER,
     run: str | None = None,
@@ -38,6 +40,7 @@ def register(
     A detector that is registered already keeps its version.
 
     Args:
+        workspace: whose MLflow keeps the registry, as in every function here.
         folder: the detector's folder.
         alias: the alias to give to the version, if any.
         run: id of the MLflow run that made the detector, if any.
@@ -51,8 +54,8 @@ def register(
         InputError: the folder does not hold a valid detector, or MLflow cannot be reached.
     """
     detector = load_detector(folder, trust=trust)
-    client, name = registry(), experiment_name()
-    with told():
+    client, name = registry(workspace), experiment_name()
+    with told(workspace):
         if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name)
         known = client.search_model_versions(
@@ -74,10 +77,11 @@ def register(
     return version
 
 
-def promote(version: str | None = None) -> str:
+def promote(workspace: Workspace, version: str | None = None) -> str:
     """Make a version the champion, and remember the champion before it.
 
     Args:
+        workspace: see `register`.
         version: by default the challenger.
 
     Returns:
@@ -86,8 +90,8 @@ def promote(version: str | None = None) -> str:
     Raises:
         InputError: the version does not exist, or MLflow cannot be reached.
     """
-    client, name = registry(), experiment_name()
-    with told():
+    client, name = registry(workspace), experiment_name()
+    with told(workspace):
         aliases = aliases_of(client, name)
         version = version or aliases.get(CHALLENGER)
         if version is None:
@@ -104,7 +108,7 @@ def promote(version: str | None = None) -> str:
     return version
 
 
-def rollback() -> str:
+def rollback(workspace: Workspace) -> str:
     """Restore the champion before the present one.
 
     Returns:
@@ -113,8 +117,8 @@ def rollback() -> str:
     Raises:
         InputError: there is no champion, it replaced none, or MLflow cannot be reached.
     """
-    client, name = registry(), experiment_name()
-    with told():
+    client, name = registry(workspace), experiment_name()
+    with told(workspace):
         now = aliases_of(client, name).get(CHAMPION)
         if now is None:
             raise InputError("There is no champion to roll back.", "champion")
@@ -125,28 +129,35 @@ def rollback() -> str:
     return str(before)
 
 
-def champion(trust: str | None = None, device: torch.device | str = "cpu") -> SavedDetector | None:
+def champion(
+    workspace: Workspace, trust: str | None = None, device: torch.device | str = "cpu"
+) -> SavedDetector | None:
     """Load the detector in use; None before the first promotion.
 
     Args:
+        workspace: see `register`.
         trust: the ``package.module:factory`` that may run, if the detector's model is one.
         device: where it is to run.
 
     Raises:
         InputError: the detector is damaged, its code is not trusted, or MLflow cannot be reached.
     """
-    client, name = registry(), experiment_name()
-    with told():
+    client, name = registry(workspace), experiment_name()
+    with told(workspace):
         version = aliases_of(client, name).get(CHAMPION)
-    return None if version is None else load(version, trust, device)
+    return None if version is None else load(workspace, version, trust, device)
 
 
 def load(
-    version: str, trust: str | None = None, device: torch.device | str = "cpu"
+    workspace: Workspace,
+    version: str,
+    trust: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> SavedDetector:
     """Load the detector of a version, without running the code that was logged with it.
 
     Args:
+        workspace: see `register`.
         version: of the registered model.
         trust: the ``package.module:factory`` that may run, if the detector's model is one.
         device: where it is to run.
@@ -155,37 +166,37 @@ def load(
         InputError: the version does not exist, its code is not trusted, or MLflow cannot be
             reached.
     """
-    mlflow, client, name = quiet_mlflow(), registry(), experiment_name()
-    with told(), TemporaryDirectory() as temporary:
+    mlflow, client, name = quiet_mlflow(), registry(workspace), experiment_name()
+    with told(workspace), TemporaryDirectory() as temporary:
         source = client.get_model_version_download_uri(name, version)
         folder = mlflow.artifacts.download_artifacts(
             artifact_uri=f"{source.rstrip('/')}/data",
             dst_path=temporary,
-            tracking_uri=tracking_uri(),
+            tracking_uri=tracking_uri(workspace),
         )
         (detector,) = Path(folder).iterdir()
         return load_detector(detector, device, trust)
 
 
-def uri(alias: str) -> str:
+def uri(workspace: Workspace, alias: str) -> str:
     """The URI of the model with an alias, which MLflow in this process can load.
 
     Raises:
         InputError: no version has the alias, or MLflow cannot be reached.
     """
-    client, name = registry(), experiment_name()
-    with told():
+    client, name = registry(workspace), experiment_name()
+    with told(workspace):
         if alias not in aliases_of(client, name):
             raise InputError(f"No version of {name} has the alias {alias}.", alias)
     return f"models:/{name}@{alias}"
 
 
-def registry() -> Any:
+def registry(workspace: Workspace) -> Any:
     """A client of MLflow at `tracking_uri`, which also becomes this process's global setting.
 
     MLflow looks for the models of registered versions there, whatever its client was given.
     """
-    mlflow, uri = quiet_mlflow(), tracking_uri()
+    mlflow, uri = quiet_mlflow(), tracking_uri(workspace)
     mlflow.set_tracking_uri(uri)
     return mlflow.MlflowClient(uri, registry_uri=uri)
 
@@ -197,7 +208,7 @@ def aliases_of(client: Any, name: str) -> dict[str, str]:
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def told(workspace: Workspace) -> Iterator[None]:
     """Turn MLflow's errors into sentences."""
     from mlflow.exceptions import MlflowException
 
@@ -205,5 +216,6 @@ def told() -> Iterator[None]:
         yield
     except MlflowException as error:
         raise InputError(
-            f"MLflow at {tracking_uri()} refused or could not be reached ({first_line(error)})."
+            f"MLflow at {tracking_uri(workspace)} refused or could not be reached "
+            f"({first_line(error)})."
         ) from error

@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
-from opnp import workspace
 from opnp.backbones import libraries
 from opnp.backbones.backbone import Backbone, build, from_spec, load_backbone, save_backbone
 from opnp.backbones.matching import load_state
@@ -27,7 +26,7 @@ from opnp.errors import InputError, UnavailableError
 from opnp.pipeline import parameters, stages
 from opnp.runtime import tensors
 from opnp.runtime.files import digest
-from tests.conftest import set_parameters
+from tests.conftest import HERE, set_parameters
 
 ROOT = Path(__file__).parents[2]
 PHOTOS = [Image.fromarray(photo) for photo in load_sample_images().images]  # 640 × 427 pixels
@@ -317,44 +316,46 @@ def test_the_stages_take_a_librarys_model(folder: Path) -> None:
     images = {"data.image_size": 32, "data.mode": "RGB", "data.resize": 36, "data.ood_count": 8}
     sets = {"data.near": {}, "data.far": {"noise": "noise"}, "search.proxies": ["blobs"]}
     settings = chosen({**images, **sets, "train.backbone": SPEC, "train.epochs": 1})
-    stages.fetch.run(settings)
-    trained = stages.train.run(settings)
+    stages.fetch.run(HERE, settings)
+    trained = stages.train.run(HERE, settings)
     assert trained["features"] == 1024
-    made = load_backbone(workspace.BACKBONE)
+    made = load_backbone(HERE.backbone)
     assert made.spec == {"name": SPEC}
     assert (made.preprocessing.size, made.preprocessing.resize, made.classes[-1]) == (32, 36, "6")
 
-    shutil.copy2(workspace.BACKBONE, "mine.safetensors")
-    workspace.BACKBONE.unlink()
+    shutil.copy2(HERE.backbone, "mine.safetensors")
+    HERE.backbone.unlink()
     settings = chosen({"train.checkpoint": "mine.safetensors"})
-    loaded = stages.train.run(settings)
+    loaded = stages.train.run(HERE, settings)
     assert loaded["checkpoint"] == digest(Path("mine.safetensors"))
     for key in ("train_accuracy", "validation_accuracy", "features"):
         assert loaded[key] == trained[key]
-    shard = next(each for each in stages.features.plan(settings) if each.split == "test")
-    assert stages.features.compute(settings, shard)
-    stored, _, _ = read_shard(shard.path)
-    pixels, _ = imagesets.read(imagesets.data_file("test"), "RGB", 32, shard.start, shard.stop)
+    shard = next(each for each in stages.features.plan(HERE, settings) if each.split == "test")
+    assert stages.features.compute(HERE, settings, shard)
+    stored, _, _ = read_shard(shard.path(HERE.features))
+    pixels, _ = imagesets.read(
+        imagesets.data_file("test", HERE.data), "RGB", 32, shard.start, shard.stop
+    )
     expected = made.classifier.encoder(made.preprocessing.normalize(unit(pixels)))
     torch.testing.assert_close(stored, expected, rtol=1e-4, atol=1e-4)
 
     settings = chosen({"data.resize": None, "data.interpolation": "bicubic"})
-    stages.fetch.run(settings)
-    wanted = 'wants images prepared.*set data.resize to 36 and data.interpolation to "bilinear"'
+    stages.fetch.run(HERE, settings)
+    wanted = 'needs images prepared with resize 36 and interpolation "bilinear"'
     for stage in (stages.train.run, stages.features.plan):
         with pytest.raises(InputError, match=wanted):
-            stage(settings)
+            stage(HERE, settings)
 
     torch.save(small_model(7).state_dict(), "foreign.pt")
     settings = chosen(
         {**images, "data.interpolation": "bilinear", "train.checkpoint": "foreign.pt"}
     )
-    stages.fetch.run(settings)
+    stages.fetch.run(HERE, settings)
     with pytest.raises(InputError, match=r"foreign\.pt do not state the preprocessing"):
-        stages.train.run(settings)
+        stages.train.run(HERE, settings)
     Path("wanted.json").write_text(json.dumps(SMALL.as_json()))
-    stages.train.run(chosen({"train.preprocessing": "wanted.json"}))
-    assert load_backbone(workspace.BACKBONE).preprocessing == SMALL
+    stages.train.run(HERE, chosen({"train.preprocessing": "wanted.json"}))
+    assert load_backbone(HERE.backbone).preprocessing == SMALL
 
 
 # Factories

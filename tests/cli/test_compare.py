@@ -11,7 +11,7 @@ import pytest
 
 from opnp.cli import app
 from opnp.pipeline import records
-from tests.conftest import run_program
+from tests.conftest import HERE, run_program
 from tests.pipeline.test_records import chosen, write_run
 
 Compare = Callable[..., str]
@@ -30,9 +30,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
             (chosen(seed=1), {"energy": 50.0, "opnp": 20.0, "opnp+gen": 28.0}),
             (chosen("vit", "torchvision:FashionMNIST"), {"energy": 10.0, "opnp": 15.0}),
         ):
-            write_run(fpr95)
-            records.record_run(run, {})
-        assert not records.waiting()
+            records.record_run(write_run(fpr95, run), {})
+        assert not records.waiting(HERE)
     return folder
 
 
@@ -74,14 +73,15 @@ def test_what_might_prune_but_did_not_is_marked(
 ) -> None:
     assert "nothing pruned" not in compare("--markdown") + compare()
     monkeypatch.chdir(tmp_path)
-    for seed, pruned in ((0, 0.0), (1, 0.0)):
-        write_run({"energy": 40.0, "opnp+gen": 30.0}, pruned=pruned)
-        records.record_run(chosen(seed=seed), {})
-    write_run({"energy": 40.0, "opnp": 30.0}, pruned=1.0)
-    records.record_run(chosen("vit", seed=0), {})
-    write_run({"energy": 40.0, "opnp": 30.0}, pruned=0.0)
-    records.record_run(chosen("vit", seed=1), {})
-    assert not records.waiting()
+    combined, alone = {"energy": 40.0, "opnp+gen": 30.0}, {"energy": 40.0, "opnp": 30.0}
+    for fpr95, of, pruned in (
+        (combined, chosen(seed=0), 0.0),
+        (combined, chosen(seed=1), 0.0),
+        (alone, chosen("vit", seed=0), 1.0),
+        (alone, chosen("vit", seed=1), 0.0),
+    ):
+        records.record_run(write_run(fpr95, of, pruned=pruned), {})
+    assert not records.waiting(HERE)
     lines = compare("--markdown").splitlines()
     assert lines[4:6] == [
         "| resnet | digits | 2 | 40.0 | – | **30.0=** |",

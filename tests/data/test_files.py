@@ -31,6 +31,7 @@ from opnp.data import imagesets, parquet, sources
 from opnp.data.preprocessing import Preprocessing
 from opnp.errors import InputError
 from opnp.runtime.files import atomic, digest, read_json, write_json
+from tests.conftest import HERE
 
 Array = NDArray[Any]
 
@@ -130,9 +131,15 @@ def drawn_images(count: int, mode: str = "L") -> list[tuple[Image.Image, int]]:
 
 def written(count: int = 7, mode: str = "L") -> Path:
     imagesets.write(
-        imagesets.data_file("set"), "train", "drawn", drawn_images(count, mode), 8, mode, CLASSES
+        HERE.images("set"),
+        "train",
+        "drawn",
+        drawn_images(count, mode),
+        8,
+        mode,
+        CLASSES,
     )
-    return imagesets.data_file("set")
+    return HERE.images("set")
 
 
 @pytest.fixture
@@ -157,7 +164,14 @@ def test_any_rows_of_an_image_set_are_read_as_they_were_written(mode: str) -> No
 
 def test_an_image_set_is_described_as_it_is() -> None:
     entry = imagesets.write(
-        imagesets.data_file("ood/a"), "near", "s", iter(drawn_images(9)), 8, "L", CLASSES, limit=4
+        HERE.images("ood/a"),
+        "near",
+        "s",
+        iter(drawn_images(9)),
+        8,
+        "L",
+        CLASSES,
+        limit=4,
     )
     assert (entry.role, entry.source, entry.count) == ("near", "s", 4)
     assert entry.classes == {"zero": 2, "one": 1, "two": 1}
@@ -166,8 +180,8 @@ def test_an_image_set_is_described_as_it_is() -> None:
 
 def test_images_of_another_size_and_mode_are_fitted_when_written() -> None:
     wide = Image.new("RGB", (40, 20), (255, 0, 0))
-    imagesets.write(imagesets.data_file("set"), "far", "s", [(wide, -1)], 8, "L", [])
-    found, labels = imagesets.read(imagesets.data_file("set"), "L", 8)
+    imagesets.write(HERE.images("set"), "far", "s", [(wide, -1)], 8, "L", [])
+    found, labels = imagesets.read(HERE.images("set"), "L", 8)
     assert found.shape == (1, 8, 8, 1)
     assert np.unique(found).tolist() == [76]  # ITU-R 601 luma of pure red
     assert labels.tolist() == [-1]
@@ -178,12 +192,12 @@ def test_the_schema_says_image_and_class_label_to_hugging_face() -> None:
     described = json.loads(metadata[b"huggingface"])["info"]["features"]
     assert described["image"] == {"_type": "Image"}
     assert described["label"] == {"names": CLASSES, "_type": "ClassLabel"}
-    assert parquet.class_names(imagesets.data_file("set")) == CLASSES
+    assert parquet.class_names(HERE.images("set")) == CLASSES
 
 
 def test_an_image_set_without_images_is_refused_and_leaves_no_file() -> None:
     with pytest.raises(InputError, match="set is empty"):
-        imagesets.write(imagesets.data_file("set"), "far", "s", [], 8, "L", [])
+        imagesets.write(HERE.images("set"), "far", "s", [], 8, "L", [])
     assert names(Path("data")) == []
 
 
@@ -345,6 +359,7 @@ def test_as_many_labels_as_images_are_needed() -> None:
 # Shards of features
 
 
+FEATURES = HERE.features
 ORIGIN = {"backbone": "abc", "images": "def", "dtype": "float32"}
 
 
@@ -356,9 +371,8 @@ def write_split(count: int = 5, size: int = 2, dtype: str = "float32") -> list[S
     shards, everything = shards_module.divide("train", count, size), drawn_features(count)
     for shard in shards:
         labels = np.arange(shard.start, shard.stop, dtype=np.int64) % 3
-        shards_module.write_shard(
-            shard, everything[shard.start : shard.stop], labels, ORIGIN, dtype
-        )
+        values = everything[shard.start : shard.stop]
+        shards_module.write_shard(shard.path(FEATURES), shard, values, labels, ORIGIN, dtype)
     return shards
 
 
@@ -367,14 +381,14 @@ def test_shards_cover_a_split_once_and_in_order() -> None:
     assert [(s.index, s.start, s.stop, s.count) for s in shards] == [
         (0, 0, 2, 5), (1, 2, 4, 5), (2, 4, 5, 5)
     ]  # fmt: skip
-    assert len({s.path for s in shards}) == 3
+    assert len({s.path(FEATURES) for s in shards}) == 3
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 9])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_features_are_loaded_as_they_were_written(dtype: str, size: int) -> None:
     write_split(5, size, dtype)
-    found, labels = shards_module.load("train", ORIGIN)
+    found, labels = shards_module.load(FEATURES / "train", ORIGIN)
     assert found.dtype == torch.float32
     expected = drawn_features(5)
     assert torch.equal(found, expected if dtype == "float32" else expected.half().float())
@@ -383,18 +397,19 @@ def test_features_are_loaded_as_they_were_written(dtype: str, size: int) -> None
 
 def test_a_shard_is_whole_only_if_it_is_of_exactly_that_origin() -> None:
     shard = write_split()[1]
-    assert shards_module.is_whole(shard, ORIGIN)
+    path = shard.path(FEATURES)
+    assert shards_module.is_whole(path, shard, ORIGIN)
     for key in ORIGIN:
-        assert not shards_module.is_whole(shard, {**ORIGIN, key: "other"})
-    assert not shards_module.is_whole(shard, {**ORIGIN, "seed": "0"})
-    assert not shards_module.is_whole(replace(shard, start=1), ORIGIN)
-    assert not shards_module.is_whole(replace(shard, count=9), ORIGIN)
-    shard.path.unlink()
-    assert not shards_module.is_whole(shard, ORIGIN)
+        assert not shards_module.is_whole(path, shard, {**ORIGIN, key: "other"})
+    assert not shards_module.is_whole(path, shard, {**ORIGIN, "seed": "0"})
+    assert not shards_module.is_whole(path, replace(shard, start=1), ORIGIN)
+    assert not shards_module.is_whole(path, replace(shard, count=9), ORIGIN)
+    path.unlink()
+    assert not shards_module.is_whole(path, shard, ORIGIN)
 
 
 def test_a_flipped_bit_of_a_shard_is_refused_by_name_or_changes_nothing() -> None:
-    path = write_split()[1].path
+    path = write_split()[1].path(FEATURES)
     whole, (values, labels, _) = path.read_bytes(), shards_module.read_shard(path)
     harmful = 0
     for position in range(len(whole)):
@@ -413,23 +428,24 @@ def test_a_flipped_bit_of_a_shard_is_refused_by_name_or_changes_nothing() -> Non
 @pytest.mark.parametrize("values", [drawn_features(5), torch.zeros(5, 3)])
 def test_a_flipped_feature_is_caught_by_the_checksum(values: Tensor) -> None:
     shard = Shard("train", 0, 0, 5, 5)
-    shards_module.write_shard(shard, values, np.arange(5), ORIGIN, "float32")
-    whole, column = shard.path.read_bytes(), values.numpy().tobytes()
+    path = shard.path(FEATURES)
+    shards_module.write_shard(path, shard, values, np.arange(5), ORIGIN, "float32")
+    whole, column = path.read_bytes(), values.numpy().tobytes()
     start = whole.index(column)
-    shard.path.unlink()
-    shard.path.write_bytes(flipped(whole, start + len(column) - 1))
+    path.unlink()
+    path.write_bytes(flipped(whole, start + len(column) - 1))
     with pytest.raises(InputError, match=r"00000\.arrow is damaged \(its checksum differs\)"):
-        shards_module.read_shard(shard.path)
+        shards_module.read_shard(path)
 
 
 def test_a_truncated_shard_is_refused_by_name() -> None:
-    path = write_split()[1].path
+    path = write_split()[1].path(FEATURES)
     whole = path.read_bytes()
     for size in range(0, len(whole), 7):
         path.unlink()
         path.write_bytes(whole[:size])
         assert refused(lambda: shards_module.read_shard(path), path), size
-        assert refused(lambda: shards_module.load("train", ORIGIN), path), size
+        assert refused(lambda: shards_module.load(FEATURES / "train", ORIGIN), path), size
 
 
 def test_an_arrow_file_of_something_else_is_refused_by_name() -> None:
@@ -440,40 +456,42 @@ def test_an_arrow_file_of_something_else_is_refused_by_name() -> None:
 
 
 def test_features_of_another_backbone_are_refused_by_name() -> None:
-    path = write_split()[0].path
+    path = write_split()[0].path(FEATURES)
     with pytest.raises(InputError, match=f"{path} was made with another backbone"):
-        shards_module.load("train", {"backbone": "xyz"})
+        shards_module.load(FEATURES / "train", {"backbone": "xyz"})
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_a_split_that_lacks_a_shard_is_refused(index: int) -> None:
-    write_split()[index].path.unlink()
+    write_split()[index].path(FEATURES).unlink()
     with pytest.raises(InputError, match=r"features.train"):
-        shards_module.load("train", ORIGIN)
+        shards_module.load(FEATURES / "train", ORIGIN)
 
 
 def test_a_split_without_shards_is_refused() -> None:
     with pytest.raises(InputError, match=r"features/train holds no shards"):
-        shards_module.load("train", ORIGIN)
+        shards_module.load(FEATURES / "train", ORIGIN)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_features_that_are_not_finite_are_not_written_and_their_row_is_named(value: float) -> None:
     values, shard = drawn_features(5), Shard("test", 2, 40, 45, 45)
+    path = shard.path(FEATURES)
     values[3, 1] = value
     with pytest.raises(InputError, match=r"of test hold NaN or infinite.*row 43"):
-        shards_module.write_shard(shard, values, np.arange(5), ORIGIN, "float32")
-    assert not shard.path.exists()
+        shards_module.write_shard(path, shard, values, np.arange(5), ORIGIN, "float32")
+    assert not path.exists()
 
 
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_features_too_large_for_float16_are_not_written() -> None:
     values, shard = drawn_features(5), Shard("test", 0, 0, 5, 5)
+    path = shard.path(FEATURES)
     values[2, 0] = 65520  # rounds to infinity
-    with pytest.raises(InputError, match=r"row 2.*float32 \(it is float16\)"):
-        shards_module.write_shard(shard, values, np.arange(5), ORIGIN, "float16")
-    assert not shard.path.exists()
-    shards_module.write_shard(shard, values, np.arange(5), ORIGIN, "float32")
+    with pytest.raises(InputError, match=r"as float16 \(first in row 2\).*or store float32"):
+        shards_module.write_shard(path, shard, values, np.arange(5), ORIGIN, "float16")
+    assert not path.exists()
+    shards_module.write_shard(path, shard, values, np.arange(5), ORIGIN, "float32")
 
 
 def test_an_encoder_that_gives_maps_is_refused() -> None:

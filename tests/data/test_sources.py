@@ -26,7 +26,9 @@ from opnp.data.splits import Split, Unreadable
 from opnp.errors import InputError, MissingError, UnavailableError
 from opnp.pipeline import parameters
 from opnp.pipeline.parameters import Parameters
+from opnp.pipeline.results import Run
 from opnp.pipeline.stages import fetch
+from tests.conftest import HERE
 
 ROOT = Path(__file__).parents[2]
 PRESETS = sorted((ROOT / "presets").glob("*.yaml"))
@@ -502,44 +504,44 @@ def test_sets_whose_files_are_missing_are_refused_or_left_out_and_recorded(
 ) -> None:
     far = {"letters": "letters", "isun": "downloads/isun", "mine": "absent.csv"}
     with pytest.raises(MissingError, match=r"OOD set isun is downloads/isun.*github\.com/facebook"):
-        fetch.run(parameters_with(far=far))
+        fetch.run(HERE, parameters_with(far=far))
     assert not Path("data").exists()
     skipping = parameters_with(far=far, missing="skip")
-    fetch.run(skipping)
-    assert read_manifest().missing == {"isun": "downloads/isun", "mine": "absent.csv"}
-    assert list(read_manifest().ood) == ["held-out-digits", "letters"]
+    fetch.run(HERE, skipping)
+    assert read_manifest(HERE.data).missing == {"isun": "downloads/isun", "mine": "absent.csv"}
+    assert list(read_manifest(HERE.data).ood) == ["held-out-digits", "letters"]
     assert "fetch: the OOD set mine is left out: " in capsys.readouterr().out
-    assert fetch.manifest_of(skipping) == read_manifest()
+    assert Run(HERE, skipping).manifest == read_manifest(HERE.data)
     saved(Path("downloads/isun"), 5)
-    fetch.run(skipping)
-    assert read_manifest().missing == {"mine": "absent.csv"}
-    assert read_manifest().ood["isun"].count == 5
+    fetch.run(HERE, skipping)
+    assert read_manifest(HERE.data).missing == {"mine": "absent.csv"}
+    assert read_manifest(HERE.data).ood["isun"].count == 5
 
 
 def test_a_run_needs_one_ood_set_and_the_id_set(monkeypatch: pytest.MonkeyPatch) -> None:
     absent = {"far": {"isun": "downloads/isun"}, "near": {}, "missing": "skip"}
     with pytest.raises(MissingError, match="None of the OOD sets is there"):
-        fetch.run(parameters_with(**absent))
+        fetch.run(HERE, parameters_with(**absent))
     with pytest.raises(MissingError, match=r"data\.id is downloads/imagenet.*https://image-net"):
-        fetch.run(parameters_with(id="downloads/imagenet"))
+        fetch.run(HERE, parameters_with(id="downloads/imagenet"))
     # Files that are there and broken are no missing ones, nor is a misspelt name.
     Path("mine.parquet").write_text("broken")
     for spec in ("mine.parquet", "leters"):
         with pytest.raises(InputError, match=spec):
-            fetch.run(parameters_with(far={"mine": spec}, missing="skip"))
+            fetch.run(HERE, parameters_with(far={"mine": spec}, missing="skip"))
     from torchvision.datasets import MNIST
 
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
     unavailable = {"far": {"mnist": "torchvision:MNIST"}, "near": {}, "missing": "skip"}
     with pytest.raises(MissingError, match=r"None of the OOD sets is there \(mnist\)"):
-        fetch.run(parameters_with(**unavailable))
+        fetch.run(HERE, parameters_with(**unavailable))
 
 
 def test_a_folder_is_divided_like_the_digits_it_holds() -> None:
     """The split of the pipeline: by class, whole, and without overlap."""
     saved(Path("mine"), 100)
-    fetch.run(parameters_with(id="mine", held_out=[2], near={"two": "held-out"}, far={}))
-    found = read_manifest()
+    fetch.run(HERE, parameters_with(id="mine", held_out=[2], near={"two": "held-out"}, far={}))
+    found = read_manifest(HERE.data)
     assert found.classes == ["nought", "one"]
     kept = [y for _, y in digits(100) if y != 2]
     assert sum(found.sets[s].count for s in ("train", "validation", "test")) == len(kept)
@@ -576,15 +578,15 @@ def test_a_preset_runs_on_what_is_there(capsys: pytest.CaptureFixture[str]) -> N
     chosen = parameters.load(ROOT / "presets/openood-imagenet.yaml")
     chosen = chosen.model_copy(update={"data": chosen.data.model_copy(update={"image_size": 8})})
     with pytest.raises(MissingError, match=r"data\.id is downloads/imagenet.*https://image-net"):
-        fetch.run(chosen)
+        fetch.run(HERE, chosen)
     saved(Path("downloads/imagenet/train"), 300)
     saved(Path("downloads/imagenet/val"), 30)
     with pytest.raises(MissingError, match="None of the OOD sets is there"):
-        fetch.run(chosen)
+        fetch.run(HERE, chosen)
     saved(Path("elsewhere/images_largescale/ninco"), 20)
     Path("downloads/openood").symlink_to("../elsewhere")
-    fetch.run(chosen)
-    found = read_manifest()
+    fetch.run(HERE, chosen)
+    found = read_manifest(HERE.data)
     assert {name: entry.count for name, entry in found.ood.items()} == {"ninco": 20}
     assert sorted(found.missing) == ["inaturalist", "openimage-o", "ssb-hard", "textures"]
     told = capsys.readouterr().out.splitlines()

@@ -29,7 +29,7 @@ from opnp.deployment.detector import SavedDetector
 from opnp.deployment.detector import load as load_detector
 from opnp.errors import InputError
 from opnp.tracking import registry
-from tests.conftest import run_program
+from tests.conftest import HERE, run_program
 from tests.helpers import own_model
 
 SPEC = own_model.SPEC
@@ -117,33 +117,33 @@ def absurd() -> bytes:
 
 
 def test_champions_follow_and_return(registered: Path, detector_folder: Path) -> None:
-    assert registry.champion(SPEC) is None
+    assert registry.champion(HERE, SPEC) is None
     with pytest.raises(InputError, match="no challenger"):
-        registry.promote()
+        registry.promote(HERE)
     with pytest.raises(InputError, match="no champion to roll back"):
-        registry.rollback()
-    first = registry.register(detector_folder, trust=SPEC, metrics={"mean/fpr95": 12.5})
-    assert registry.register(detector_folder, trust=SPEC) == first  # once
-    assert registry.champion(SPEC) is None
-    assert registry.promote() == first == registry.promote(first)
+        registry.rollback(HERE)
+    first = registry.register(HERE, detector_folder, trust=SPEC, metrics={"mean/fpr95": 12.5})
+    assert registry.register(HERE, detector_folder, trust=SPEC) == first  # once
+    assert registry.champion(HERE, SPEC) is None
+    assert registry.promote(HERE) == first == registry.promote(HERE, first)
     with pytest.raises(InputError, match="did not replace another"):
-        registry.rollback()
-    second = registry.register("second", trust=SPEC)
+        registry.rollback(HERE)
+    second = registry.register(HERE, "second", trust=SPEC)
     assert second != first
-    assert registry.promote() == second
-    found = registry.champion(SPEC)
+    assert registry.promote(HERE) == second
+    found = registry.champion(HERE, SPEC)
     assert found is not None
     assert found.digest == load_detector("second", trust=SPEC).digest
     with pytest.raises(InputError, match="wants to run the code of network:Network"):
-        registry.champion()
+        registry.champion(HERE)
     with pytest.raises(InputError, match="refused"):
-        registry.promote("7")
-    assert registry.rollback() == first
-    found = registry.champion(SPEC)
+        registry.promote(HERE, "7")
+    assert registry.rollback(HERE) == first
+    found = registry.champion(HERE, SPEC)
     assert found is not None
     assert found.digest == load_detector(detector_folder, trust=SPEC).digest
 
-    client = registry.registry()
+    client = registry.registry(HERE)
     version = client.get_model_version("opnp", first)
     model = client.get_logged_model(version.source.removeprefix("models:/"))
     shown = {metric.key: metric.value for metric in model.metrics}
@@ -158,17 +158,18 @@ def test_what_is_logged(registered: Path) -> None:
     import mlflow
     import pandas as pd
 
-    model = mlflow.pyfunc.load_model(registry.uri("champion"))
+    model = mlflow.pyfunc.load_model(registry.uri(HERE, "champion"))
     files = sorted(Path("images/others").iterdir())[:3]
     found = model.predict(pd.DataFrame({"image": [file.read_bytes() for file in files]}))
-    detector = registry.champion(SPEC)
+    detector = registry.champion(HERE, SPEC)
     assert detector is not None
     expected = detector.score(files)
     assert found["score"].tolist() == pytest.approx(expected.score.tolist(), abs=1e-5)
     assert found["is_ood"].tolist() == expected.is_ood.tolist()
     assert found["predicted"].tolist() == expected.predicted
     assert len(model.predict(model.input_example)) == 1
-    folder = Path(mlflow.artifacts.download_artifacts(registry.uri("champion"), dst_path="got"))
+    uri = registry.uri(HERE, "champion")
+    folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path="got"))
     lines = (folder / "requirements.txt").read_text().split()
     assert all(re.fullmatch(r"[a-z-]+==[\w.+]+", line) for line in lines), lines
     assert (folder / "code" / "network.py").is_file()

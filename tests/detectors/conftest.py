@@ -1,6 +1,5 @@
 """A small run of the pipeline up to the mask search, on real images."""
 
-from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -29,14 +28,15 @@ SMALL = {
 def searched_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace in which everything before the evaluation is done; not to be changed."""
     from opnp.pipeline import parameters, stages
+    from opnp.workspace import Workspace
 
     folder = tmp_path_factory.mktemp("searched")
     (folder / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
     set_parameters(folder, SMALL)
-    with chdir(folder):
-        chosen = parameters.load()
-        for stage in (
-            stages.fetch, stages.train, stages.features, stages.sensitivity, stages.search,
-        ):  # fmt: skip
-            stage.run(chosen)
+    workspace = Workspace(folder)
+    chosen = parameters.load(workspace.parameters)
+    for stage in (
+        stages.fetch, stages.train, stages.features, stages.sensitivity, stages.search,
+    ):  # fmt: skip
+        stage.run(workspace, chosen)
     return folder

@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from opnp import workspace
 from opnp.errors import InputError
 from opnp.pipeline import parameters, records, stages
+from opnp.pipeline.results import Run
 from opnp.runtime.files import read_json
-from tests.conftest import ROOT, set_parameters
+from tests.conftest import HERE, ROOT, set_parameters
 
 # A detector in a module of the user's own: the distance to the nearest of a few class centres.
 MODULE = '''
@@ -80,9 +80,9 @@ def run(searched_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def evaluated(folder: Path, detectors: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     set_parameters(folder, {"evaluate.detectors": detectors})
     chosen = parameters.load()
-    metrics = stages.evaluate.run(chosen)
-    stages.report.run(chosen)
-    evaluation: dict[str, Any] = read_json(workspace.EVALUATION)
+    metrics = stages.evaluate.run(HERE, chosen)
+    stages.report.run(HERE, chosen)
+    evaluation: dict[str, Any] = read_json(HERE.evaluation)
     return metrics["detectors"], evaluation
 
 
@@ -104,17 +104,18 @@ def test_a_detector_of_ones_own_is_tuned_compared_and_shown_as_any_other(run: Pa
     import own_distances  # type: ignore[import-not-found]
 
     chosen = parameters.load()
-    [(h, labels), (test, _)] = stages.features.load(chosen, "train", "test")
+    of = Run(HERE, chosen)
+    (h, labels), (test, _) = of.features("train"), of.features("test")
     by_hand = own_distances.Centres(None).set_hyperparameters(**alone).fit_features(h, labels)
-    scores = pq.read_table(workspace.SCORES, filters=[("set", "==", "test")])
+    scores = pq.read_table(HERE.scores, filters=[("set", "==", "test")])
     found = torch.tensor(scores["own_distances:centres"].to_numpy())
     torch.testing.assert_close(found, by_hand.predict_features(test).double())
 
-    text, page = workspace.COMPARISON_TEXT.read_text(), workspace.REPORT.read_text()
+    text, page = HERE.comparison_text.read_text(), HERE.report.read_text()
     for shown in ("own_distances:centres", "OPNP+own_distances:centres", "own_distances:margin"):
         assert f"\n| {shown}" in text
         assert f'<th scope="row">{shown}' in page
-    children = records.detector_records(chosen, metrics)
+    children = records.detector_records(of)
     assert children["own_distances:centres"]["parameters"]["norm"] == alone["norm"]
     assert children["own_distances:centres"]["metrics"]["trials"] == 4
 
@@ -144,7 +145,7 @@ def test_what_is_not_a_detector_is_refused_before_anything_is_tuned(
     monkeypatch.setattr("opnp.detectors.tuning.tune", forbidden)
     set_parameters(run, {"evaluate.detectors": ["energy", "own_distances:number"]})
     with pytest.raises(InputError, match="own_distances:number is of the type float"):
-        stages.evaluate.run(parameters.load())
+        stages.evaluate.run(HERE, parameters.load())
 
 
 def added(text: str, before: str, line: str) -> str:
@@ -173,7 +174,8 @@ def test_a_detector_is_added_in_two_places_and_one_of_our_own_in_three(run: Path
     set_parameters(run, {"evaluate.detectors": wanted})
     code = (
         "import opnp; from opnp.pipeline import parameters, stages; print(opnp.__file__); "
-        "stages.evaluate.run(parameters.load())"
+        "from pathlib import Path; from opnp.workspace import Workspace; "
+        "stages.evaluate.run(Workspace(Path.cwd()), parameters.load())"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -184,9 +186,9 @@ def test_a_detector_is_added_in_two_places_and_one_of_our_own_in_three(run: Path
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0] == str(package / "__init__.py")
-    evaluation = json.loads(workspace.EVALUATION.read_text())
+    evaluation = json.loads(HERE.evaluation.read_text())
     assert evaluation["unavailable"] == {}
     assert list(evaluation["trials"]) == wanted
     assert set(evaluation["hyperparameters"]["centres"]) == {"power", "norm"}
-    text = workspace.COMPARISON_TEXT.read_text()
+    text = HERE.comparison_text.read_text()
     assert all(f"\n| {name}" in text for name in ("Entropy", "Centres", "OPNP+Centres"))

@@ -25,14 +25,13 @@ from flows.report import report
 from flows.search import search
 from flows.sensitivity import sensitivity
 from flows.train import train
-from opnp import workspace as artifacts
 from opnp.backbones.backbone import build, load_backbone, save_backbone
 from opnp.data.imagesets import read_manifest
 from opnp.errors import InputError
 from opnp.pipeline import parameters
 from opnp.runtime import tensors
 from opnp.runtime.files import read_json, write_json
-from tests.conftest import run_program, set_parameters
+from tests.conftest import HERE, run_program, set_parameters
 from tests.flows.test_pipeline import contents
 
 Call = Callable[[object], str]
@@ -112,7 +111,7 @@ def test_checkpoint_of_another_shape(workspace: Path, call: Call) -> None:
     torch.save(other.state_dict(), workspace / "other.pt")
     set_parameters(workspace, {"train.checkpoint": "other.pt"})
     message = call(train)
-    assert "The weights in other.pt do not fit the model" in message
+    assert re.search(r"The weights in .*/other\.pt do not fit the model", message)
     assert "(16, 1, 3, 3)" in message
 
 
@@ -133,22 +132,22 @@ def test_truncated_checkpoint(workspace: Path, call: Call) -> None:
 
 
 def test_a_good_checkpoint_is_taken_as_it_is(workspace: Path, prefect_api: str) -> None:
-    state = load_file(workspace / artifacts.BACKBONE)
+    state = load_file(workspace / HERE.backbone)
     torch.save(state, workspace / "good.pt")
     set_parameters(workspace, {"train.checkpoint": "good.pt"})
-    (workspace / artifacts.BACKBONE).unlink()
-    train(parameters.load())
-    loaded = load_file(workspace / artifacts.BACKBONE)
+    (workspace / HERE.backbone).unlink()
+    train(HERE, parameters.load())
+    loaded = load_file(workspace / HERE.backbone)
     assert all(torch.equal(loaded[name], state[name]) for name in state)
 
 
 def test_data_with_other_classes_than_the_backbone(workspace: Path, call: Call) -> None:
-    replace(workspace / artifacts.MANIFEST, '    "6"\n', '    "six"\n')
+    replace(workspace / HERE.manifest, '    "6"\n', '    "six"\n')
     assert "python -m flows.train" in call(features)
 
 
 def test_features_that_are_not_finite(workspace: Path, call: Call) -> None:
-    path = workspace / artifacts.BACKBONE
+    path = workspace / HERE.backbone
     state, metadata = tensors.load(path)
     state["encoder.0.weight"][0] = float("inf")
     tensors.save(path, state, metadata)
@@ -161,7 +160,7 @@ def test_missing_truncated_and_foreign_shards(workspace: Path, call: Call) -> No
     path = workspace / "artifacts/features/train/00001.arrow"
     whole = path.read_bytes()
     path.unlink()
-    assert "train/00002.arrow rows 256 to 512 are missing" in call(sensitivity)
+    assert re.search(r"Rows 256 to 512 before shard .*/train/00002.arrow are", call(sensitivity))
     path.write_bytes(whole[: len(whole) // 2])
     assert "train/00001.arrow is damaged" in call(sensitivity)
     path.write_bytes(whole[:3000] + bytes([whole[3000] ^ 1]) + whole[3001:])
@@ -175,53 +174,51 @@ def test_missing_truncated_and_foreign_shards(workspace: Path, call: Call) -> No
 
 
 def test_a_search_of_another_backbone(workspace: Path, call: Call) -> None:
-    before = (workspace / artifacts.METRICS).read_bytes()
-    found = read_json(artifacts.SEARCH, "")
-    write_json(artifacts.SEARCH, found | {"backbone": "another"})
+    before = (workspace / HERE.metrics).read_bytes()
+    found = read_json(HERE.search)
+    write_json(HERE.search, found | {"backbone": "another"})
     assert "search.json was made with another backbone: run `python -m" in call(evaluate)
-    (workspace / artifacts.SEARCH).write_text("{")
+    (workspace / HERE.search).write_text("{")
     assert "search.json" in call(evaluate)
-    assert (workspace / artifacts.METRICS).read_bytes() == before
+    assert (workspace / HERE.metrics).read_bytes() == before
 
 
 def test_a_search_of_other_parameters(workspace: Path, call: Call) -> None:
     set_parameters(workspace, {"search.neurons_high": [0, 5]})
     message = call(evaluate)
-    assert "search.json was made with other parameters in section search: run `python -m" in message
+    assert "search.json was made with other parameters of the search: run `python -m" in message
 
 
 def test_a_sensitivity_of_another_backbone(workspace: Path, call: Call) -> None:
-    path = workspace / artifacts.SENSITIVITY
-    found, metadata = tensors.load(path, "")
+    path = workspace / HERE.sensitivity
+    found, metadata = tensors.load(path)
     tensors.save(path, found, {**metadata, "backbone": "another"})
-    assert "sensitivity.safetensors is of another backbone" in call(search)
+    assert "sensitivity.safetensors was made with another backbone" in call(search)
 
 
 def test_a_sensitivity_of_another_clip_or_temperature(workspace: Path, call: Call) -> None:
     set_parameters(workspace, {"search.temperature": [5.0]})
-    for flow in (search, evaluate):
-        message = call(flow)
-        assert "is of another search.clip or search.temperature" in message
-        assert "run `python -m flows.sensitivity`" in message
+    message = call(search)
+    assert "was made with other clips or temperatures" in message
+    assert "run `python -m flows.sensitivity`" in message
     set_parameters(workspace, {"search.temperature": [1.0], "search.clip": [None, 80]})
-    for flow in (search, evaluate):
-        message = call(flow)
-        assert "clips.json is of another search.clip: run `python -m flows.sensitiv" in message
+    message = call(search)
+    assert "clips.json was made with other percentiles to clip at: run `python" in message
 
 
 def test_clips_that_are_not_those_of_the_sensitivity(workspace: Path, call: Call) -> None:
-    write_json(artifacts.CLIPS, {"90.0": 0.5})
-    assert "is of another search.clip or search.temperature" in call(search)
-    (workspace / artifacts.CLIPS).write_text("{")
+    write_json(HERE.clips, {"90.0": 0.5})
+    assert "was made with other clips or temperatures" in call(search)
+    (workspace / HERE.clips).write_text("{")
     assert "clips.json" in call(search)
-    (workspace / artifacts.CLIPS).unlink()
+    (workspace / HERE.clips).unlink()
     assert "run `python -m flows.sensitivity`" in call(search)
 
 
 @pytest.mark.parametrize("lacking", ["a tensor", "counts", "everything"])
 def test_a_sensitivity_that_is_not_whole(workspace: Path, call: Call, lacking: str) -> None:
-    path = workspace / artifacts.SENSITIVITY
-    found, metadata = tensors.load(path, "")
+    path = workspace / HERE.sensitivity
+    found, metadata = tensors.load(path)
     if lacking == "a tensor":
         del found["1/0/weights"]
     elif lacking == "counts":
@@ -241,7 +238,7 @@ def test_an_image_that_is_none(workspace: Path, call: Call) -> None:
     rows = table.to_pylist()
     rows[3]["image"]["bytes"] = b"no image"
     pq.write_table(pa.Table.from_pylist(rows, table.schema), path)
-    assert "Image 3 of data/validation.parquet is not a whole image" in call(train)
+    assert re.search(r"Image 3 of .*/data/validation.parquet is not a whole", call(train))
 
 
 def photographs(path: Path, count: int, bad: set[int]) -> None:
@@ -262,11 +259,11 @@ def test_a_few_images_that_cannot_be_read_are_left_out_and_named(
     photographs(workspace / "mine.parquet", 300, {7, 123})
     others = {"letters": "letters", "mine": "mine.parquet"}
     set_parameters(workspace, {"data.far": others, "data.max_unreadable": 2})
-    fetch(parameters.load())
-    entry = read_manifest().sets["ood/mine"]
+    fetch(HERE, parameters.load())
+    entry = read_manifest(HERE.data).sets["ood/mine"]
     assert entry.count == 298
     assert sorted(entry.unreadable) == ["mine.parquet#123", "mine.parquet#7"]
-    assert read_manifest().sets["ood/letters"].unreadable == []
+    assert read_manifest(HERE.data).sets["ood/letters"].unreadable == []
     assert "2 image(s) of mine.parquet cannot be read and are left out" in capsys.readouterr().out
     before = files(workspace / "data")
     set_parameters(workspace, {"data.max_unreadable": 1})
@@ -287,8 +284,8 @@ def test_a_bad_image_of_the_training_set_is_left_out(workspace: Path, prefect_ap
     pq.write_table(pa.Table.from_pylist(rows, table.schema), folder / "train.parquet")
     shutil.copy2(workspace / "data/test.parquet", folder / "test.parquet")
     set_parameters(workspace, {"data.id": "mine", "data.held_out": [6]})
-    fetch(parameters.load())
-    sets = read_manifest().sets
+    fetch(HERE, parameters.load())
+    sets = read_manifest(HERE.data).sets
     assert sets["train"].unreadable == ["mine/train.parquet#3"]
     known = sum(row["label"] != 6 for index, row in enumerate(rows) if index != 3)
     assert sets["train"].count + sets["validation"].count == known
@@ -299,13 +296,13 @@ def test_data_fetched_with_other_parameters(workspace: Path, call: Call) -> None
     set_parameters(workspace, {"data.ood_count": 50})
     before = contents(workspace)
     for flow in (train, features, search, evaluate, report):
-        assert "data/ was fetched with other parameters" in call(flow)
+        assert "data was made with other data parameters" in call(flow)
     assert contents(workspace) == before
 
 
 def test_features_of_other_images(workspace: Path, call: Call) -> None:
-    manifest = workspace / artifacts.MANIFEST
-    sha256 = read_manifest().sets["train"].sha256
+    manifest = workspace / HERE.manifest
+    sha256 = read_manifest(HERE.data).sets["train"].sha256
     replace(manifest, sha256, "0" * 64)
     assert "train/00000.arrow was made with another images" in call(sensitivity)
 
@@ -314,7 +311,7 @@ def test_a_source_that_fetch_would_remove(workspace: Path, call: Call) -> None:
     mine = workspace / "data" / "mine.parquet"
     shutil.copy2(workspace / "data/test.parquet", mine)
     set_parameters(workspace, {"data.far": {"letters": "data/mine.parquet"}})
-    assert "data/mine.parquet lies in data/" in call(fetch)
+    assert "data/mine.parquet lies in" in call(fetch)
     assert mine.is_file()
 
 
@@ -323,7 +320,7 @@ def test_outliers_that_are_no_longer_what_they_were(
 ) -> None:
     shutil.copy2(workspace / "data/ood/letters.parquet", "mine.parquet")
     set_parameters(workspace, {"search.outliers": {"mine": "mine.parquet"}})
-    fetch(parameters.load())
+    fetch(HERE, parameters.load())
     before = files(workspace / "data")
     shutil.copy2(workspace / "data/ood/noise.parquet", "mine.parquet")
     assert "data/outliers/mine.parquet has SHA-256" in call(fetch)
@@ -348,7 +345,7 @@ def test_labels_out_of_range(workspace: Path, call: Call) -> None:
 
 
 def test_a_checkpoint_of_other_classes(workspace: Path, call: Call) -> None:
-    backbone = load_backbone(workspace / artifacts.BACKBONE)
+    backbone = load_backbone(workspace / HERE.backbone)
     path = workspace / "reversed.safetensors"
     save_backbone(path, replaced(backbone, classes=backbone.classes[::-1]))
     set_parameters(workspace, {"train.checkpoint": "reversed.safetensors"})
@@ -373,8 +370,8 @@ def test_parameters_changed_during_a_run_are_not_recorded(
     chosen = parameters.load()
     set_parameters(workspace, {"train.epochs": 14})
     lock = (workspace / "dvc.lock").read_bytes()
-    (workspace / artifacts.REPORT).unlink()
-    monkeypatch.setattr(whole, "outdated", lambda stage, _: stage == "report")
+    (workspace / HERE.report).unlink()
+    monkeypatch.setattr(whole, "outdated", lambda _, stage, chosen: stage == "report")
     with pytest.raises(InputError, match=r"params\.yaml was changed during the run"):
-        whole.run_stages(chosen)
+        whole.run_stages(HERE, chosen)
     assert (workspace / "dvc.lock").read_bytes() == lock

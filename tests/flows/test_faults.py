@@ -24,11 +24,11 @@ from flows import dvc_repo, prefect_server, workers
 from flows import process as program
 from flows.features import features
 from flows.sensitivity import sensitivity
-from opnp import workspace as artifacts
 from opnp.errors import InputError
 from opnp.pipeline import parameters, stages
+from opnp.pipeline.results import Run
 from opnp.runtime.files import atomic, digest
-from tests.conftest import ROOT, run_program, set_parameters
+from tests.conftest import HERE, ROOT, run_program, set_parameters
 from tests.flows.test_pipeline import contents
 
 Call = Callable[[Any], str]
@@ -45,7 +45,7 @@ MANY: dict[str, Any] = {
 }
 # What a flow imports when it runs, which takes seconds in each process that has not yet.
 LAZY = ["pandas", "torch._dynamo", "prefect.flow_engine", "prefect.task_engine"]
-RESULTS = (artifacts.SENSITIVITY, artifacts.CLIPS, artifacts.MASK)
+RESULTS = (HERE.sensitivity, HERE.clips, HERE.mask)
 
 
 def shards() -> dict[Path, tuple[int, int]]:
@@ -116,7 +116,7 @@ def run_flow(folder: Path, url: str, name: str) -> None:
     os.chdir(folder)
     flow = {"features": features, "sensitivity": sensitivity}[name]
     with temporary_settings({PREFECT_API_URL: url}):
-        workers.run(flow, parameters.load())
+        workers.run(flow, HERE, parameters.load())
 
 
 def made(folder: Path) -> int:
@@ -163,7 +163,7 @@ def test_signals_end_runs_in_a_sentence_and_the_next_goes_on(
     kept = shards()
     for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
         run = start("flows.features", PREFECT_API_URL=prefect_api)
-        wait_until(lambda: made(artifacts.FEATURES) > len(kept) or run.poll() is not None)  # noqa: B023
+        wait_until(lambda: made(HERE.features) > len(kept) or run.poll() is not None)  # noqa: B023
         children = psutil.Process(run.pid).children(recursive=True)
         begun = time.monotonic()
         run.send_signal(number)
@@ -177,7 +177,7 @@ def test_signals_end_runs_in_a_sentence_and_the_next_goes_on(
         found = shards()
         assert {path: found.get(path) for path in kept} == kept
         kept = found
-    assert len(kept) < len(stages.features.plan(parameters.load()))
+    assert len(kept) < len(stages.features.plan(HERE, parameters.load()))
     assert finish() == expected
     assert {path: shards().get(path) for path in kept} == kept
 
@@ -205,14 +205,14 @@ def test_foreign_and_damaged_shards_are_refused_by_name_and_made_again(
     before, chosen = contents(workspace), parameters.load()
     half = chosen.features.model_copy(update={"dtype": "float16"})
     by_half = chosen.model_copy(update={"features": half})
-    plan = {str(shard.path): shard for shard in stages.features.plan(chosen)}
-    where = str(artifacts.FEATURES)
+    plan = {str(shard.path(HERE.features)): shard for shard in stages.features.plan(HERE, chosen)}
+    where = str(HERE.features)
     search, flipped = stages.search.run, "is damaged (its checksum differs)"
     for name, later, spoil, said in (
         ("train/00001", stages.sensitivity.run, flip, flipped),
         ("validation/00000", search, flip, flipped),
         ("proxies/phase/00000", search, flip, flipped),
-        ("ood/letters/00001", lambda of: stages.features.load(of, "ood/letters"), flip, flipped),
+        ("ood/letters/00001", lambda *of: Run(*of).features("ood/letters"), flip, flipped),
         (
             "train/00001",
             stages.sensitivity.run,
@@ -228,18 +228,18 @@ def test_foreign_and_damaged_shards_are_refused_by_name_and_made_again(
         (
             "train/00000",
             stages.sensitivity.run,
-            lambda path: stages.features.compute(by_half, plan[str(path)]),
+            lambda path: stages.features.compute(HERE, by_half, plan[str(path)]),
             "was made with another dtype",
         ),
     ):
         path = Path(f"{where}/{name}.arrow")
         kept = shards()
         spoil(path)
-        sentence = f"Shard {path} {said}: run `python -m flows.features`."
-        with pytest.raises(InputError, match=re.escape(sentence)):
-            later(chosen)
+        with pytest.raises(InputError, match=re.escape(f"Shard {path} {said}.")) as refused:
+            later(HERE, chosen)
+        assert refused.value.about == "stage:features"
         capsys.readouterr()
-        stages.features.run(chosen)
+        stages.features.run(HERE, chosen)
         assert (f"{path} is damaged, and made again" in capsys.readouterr().out) == (spoil is flip)
         found = shards()
         assert {each for each in found if found[each] != kept[each]} == {path}
@@ -250,26 +250,27 @@ def test_sums_and_weights_with_a_flipped_bit_are_never_used(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, kept, chosen = contents(workspace), shards(), parameters.load()
-    sums = artifacts.SENSITIVITY.parent / "shards/00001.safetensors"
+    sums = HERE.sensitivity.parent / "shards/00001.safetensors"
     flip(sums)
     with pytest.raises(InputError, match=f"{sums} is damaged"):
-        stages.sensitivity.merge(stages.sensitivity.plan(chosen))
-    stages.sensitivity.run(chosen)
+        stages.sensitivity.finish(HERE, stages.sensitivity.plan(HERE, chosen))
+    stages.sensitivity.run(HERE, chosen)
     assert f"{sums} is damaged, and made again" in capsys.readouterr().out
     found = shards()
     assert {each for each in found if found[each] != kept[each]} == {sums}
     assert contents(workspace) == before
-    for path, later, command in (
-        (artifacts.SENSITIVITY, ("search", "report"), "flows.sensitivity"),
-        (artifacts.MASK, ("report",), "flows.search"),
-        (artifacts.BACKBONE, ("features", "sensitivity"), "flows.train"),
+    for path, later, stage in (
+        (HERE.sensitivity, ("search", "report"), "sensitivity"),
+        (HERE.mask, ("report",), "search"),
+        (HERE.backbone, ("features",), "train"),
     ):
         whole = path.read_bytes()
         flip(path)
-        sentence = f"{path} is damaged (its checksum differs): run `python -m {command}`"
-        for stage in later:
-            with pytest.raises(InputError, match=re.escape(sentence)):
-                getattr(stages, stage).run(chosen)
+        sentence = f"{path} is damaged (its checksum differs)."
+        for each in later:
+            with pytest.raises(InputError, match=re.escape(sentence)) as refused:
+                getattr(stages, each).run(HERE, chosen)
+            assert refused.value.about == f"stage:{stage}"
         path.write_bytes(whole)
     assert contents(workspace) == before
 
@@ -319,9 +320,9 @@ def test_of_two_pipelines_at_once_the_second_ends_and_the_first_finishes(
     many: Path, prefect_api: str
 ) -> None:
     """And `dvc repro` too; the first is halted meanwhile, so that they come in the midst of it."""
-    mask = digest(artifacts.MASK)
+    mask = digest(HERE.mask)
     first = start("flows.pipeline", PREFECT_API_URL=prefect_api)
-    wait_until(lambda: made(artifacts.FEATURES) >= 5 or first.poll() is not None, 120)
+    wait_until(lambda: made(HERE.features) >= 5 or first.poll() is not None, 120)
     first.send_signal(signal.SIGSTOP)
     before = contents(many)
     for words in (("python", "-m", "flows.pipeline"), ("dvc", "repro")):
@@ -334,7 +335,7 @@ def test_of_two_pipelines_at_once_the_second_ends_and_the_first_finishes(
     first.send_signal(signal.SIGCONT)
     _, errors = first.communicate(timeout=240)
     assert first.returncode == 0, errors
-    assert digest(artifacts.MASK) != mask  # of a smaller search
+    assert digest(HERE.mask) != mask  # of a smaller search
     assert run_program("dvc", "status", "--json", cwd=many).stdout.strip() == "{}"
     found = contents(many)
     for stage in (stages.features, stages.sensitivity, stages.search):
@@ -365,7 +366,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_told_and_a_run_goes_on_after_room_was_made(
     expected: dict[Path, str], small_disk: Path, call: Call
 ) -> None:
-    artifacts.FEATURES.symlink_to(small_disk)
+    HERE.features.symlink_to(small_disk)
     begun = time.monotonic()
     message = call(features)
     assert time.monotonic() - begun < 20
@@ -388,17 +389,17 @@ def test_a_full_disk_of_the_cache_is_told_and_what_was_made_is_recorded_later(
     shutil.rmtree(cache)
     cache.symlink_to(small_disk)
     # By a process of its own, since DVC says why on the standard streams that it began with.
-    recording = "from flows import dvc_repo; dvc_repo.record('features')"
+    recording = "from flows import dvc_repo; dvc_repo.record(HERE, 'features')"
     done = run_program("python", "-c", recording, cwd=workspace)
     assert done.returncode == 1
     assert "No space left on device" in done.stderr + done.stdout
     assert "DVC's cache could not take all outputs of features" in done.stderr
-    assert dvc_repo.changed("features")
+    assert dvc_repo.changed(HERE, "features")
     assert contents(workspace) == before
     subprocess.run(["mount", "-o", "remount,size=100m", small_disk], check=True)
-    dvc_repo.record("features")
-    assert not dvc_repo.changed("features")
-    shutil.rmtree(artifacts.FEATURES)
+    dvc_repo.record(HERE, "features")
+    assert not dvc_repo.changed(HERE, "features")
+    shutil.rmtree(HERE.features)
     done = run_program("dvc", "checkout", "features", cwd=workspace)
     assert done.returncode == 0, done.stderr
     assert contents(workspace) == before
@@ -436,7 +437,7 @@ def test_a_server_that_was_killed_is_started_again(
 ) -> None:
     """The run's own: at the same address, while the run goes on."""
     run = start("flows.features")
-    wait_until(lambda: made(artifacts.FEATURES) >= 5 or run.poll() is not None, 120)
+    wait_until(lambda: made(HERE.features) >= 5 or run.poll() is not None, 120)
     [served] = [
         process
         for process in psutil.Process(run.pid).children()
@@ -445,7 +446,7 @@ def test_a_server_that_was_killed_is_started_again(
     served.kill()
     _, errors = run.communicate(timeout=120)
     assert run.returncode == 0, errors
-    assert made(artifacts.FEATURES) == len(stages.features.plan(parameters.load()))
+    assert made(HERE.features) == len(stages.features.plan(HERE, parameters.load()))
     log = (prefect_server.LOGS / "prefect-server.log").read_text()
     addresses = [line for line in log.splitlines() if line.startswith("serving http")]
     assert len(addresses) == 2
@@ -488,7 +489,7 @@ def test_a_named_server_that_goes_away_in_mid_run(
     url, served = named_server()
     retries = "6" if comes_back else "1"
     run = start("flows.features", PREFECT_API_URL=url, PREFECT_CLIENT_MAX_RETRIES=retries)
-    wait_until(lambda: made(artifacts.FEATURES) >= 5 or run.poll() is not None, 120)
+    wait_until(lambda: made(HERE.features) >= 5 or run.poll() is not None, 120)
     served.kill()
     served.wait()
     kept = shards()
@@ -499,7 +500,7 @@ def test_a_named_server_that_goes_away_in_mid_run(
     assert "Traceback" not in errors
     if comes_back:
         assert run.returncode == 0, errors
-        assert made(artifacts.FEATURES) == len(stages.features.plan(parameters.load()))
+        assert made(HERE.features) == len(stages.features.plan(HERE, parameters.load()))
     else:
         assert run.returncode == 1
         assert errors.splitlines()[-1].startswith(f"error: The Prefect server {url} went away")

@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 import opnp
 from flows import dvc_repo
 from flows import pipeline as whole
-from opnp import workspace as artifacts
 from opnp.backbones import shards
 from opnp.backbones.backbone import load_backbone
 from opnp.data import imagesets
@@ -27,14 +26,17 @@ from opnp.detectors.names import detector_name, label
 from opnp.errors import InputError
 from opnp.metrics import ranking
 from opnp.pipeline import parameters, records, stages
-from opnp.pipeline.stages import detector
+from opnp.pipeline.detector import from_run
+from opnp.pipeline.results import Run
+from opnp.pipeline.results.data import data_parameters
 from opnp.pruning.candidates import Candidate, setting_of
 from opnp.pruning.masks import PruningMask
 from opnp.pruning.sensitivity import SensitivitySums
 from opnp.runtime import tensors
 from opnp.runtime.files import digest, remove_others
 from opnp.tracking import mlflow_client
-from tests.conftest import QUICK, ROOT, run_program, set_parameters
+from opnp.workspace import Workspace
+from tests.conftest import HERE, QUICK, ROOT, run_program, set_parameters
 from tests.test_docs import opnp as run_opnp
 from tests.test_docs import python
 
@@ -65,7 +67,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def but_report(found: dict[str, bytes]) -> dict[str, bytes]:
     """Without the report, which shows how long detectors took."""
-    return {name: data for name, data in found.items() if name != str(artifacts.REPORT)}
+    return {name: data for name, data in found.items() if name != str(HERE.report)}
 
 
 def read(path: Path) -> Any:
@@ -76,7 +78,7 @@ def mlflow_runs(parent: str | None = None) -> list[Any]:
     """Runs of the pipeline, latest first, or those of the single detectors of one of them."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(mlflow_client.tracking_uri())
+    client = MlflowClient(mlflow_client.tracking_uri(HERE))
     experiment = client.get_experiment_by_name("opnp")
     assert experiment
     found = client.search_runs([experiment.experiment_id])
@@ -91,10 +93,10 @@ def test_run_ends_with_the_comparison_and_where_to_look(finished: Path) -> None:
 
 def test_sensitivity_file_holds_the_sums_of_both_halves_at_every_setting(workspace: Path) -> None:
     chosen = parameters.load()
-    found, metadata = tensors.load(artifacts.SENSITIVITY, "")
-    [(h, _)] = stages.features.load(chosen, "train")
+    found, metadata = tensors.load(HERE.sensitivity)
+    h, _ = Run(HERE, chosen).features("train")
     clip = float(np.percentile(h.numpy(), 90))
-    assert read(artifacts.CLIPS) == {"90.0": clip}
+    assert read(HERE.clips) == {"90.0": clip}
     assert metadata["settings"] == [
         {"clip": None, "threshold": None, "temperature": 1.0},
         {"clip": 90.0, "threshold": clip, "temperature": 1.0},
@@ -106,7 +108,7 @@ def test_sensitivity_file_holds_the_sums_of_both_halves_at_every_setting(workspa
         for name in ("weights", "neurons_mean", "neurons_gradient", "neurons_taylor")
     }
     assert {t.dtype for t in found.values()} == {torch.float64}
-    model = load_backbone(artifacts.BACKBONE).classifier
+    model = load_backbone(HERE.backbone).classifier
     # Halves are of every other row within each shard.
     size = chosen.features.shard_size
     rows = torch.arange(len(h)) % size % 2 == 0
@@ -117,17 +119,17 @@ def test_sensitivity_file_holds_the_sums_of_both_halves_at_every_setting(workspa
             for name in ("weights", "neurons_mean", "neurons_gradient", "neurons_taylor"):
                 expected = getattr(sums, name)
                 torch.testing.assert_close(found[f"{place}/{half}/{name}"], expected)
-    merged = stages.sensitivity.read(chosen)
+    merged = Run(HERE, chosen).sensitivities
     assert [each.count for each in merged] == [len(h), len(h)]
     assert [(each.clip, each.temperature) for each in merged] == [(None, 1.0), (clip, 1.0)]
     assert all(each.halves is not None for each in merged)
 
 
 def test_what_the_search_chose_is_among_its_trials_and_in_its_masks(workspace: Path) -> None:
-    chosen, found = parameters.load(), read(artifacts.SEARCH)
-    trials = pq.read_table(artifacts.TRIALS).to_pylist()
+    chosen, found = parameters.load(), read(HERE.search)
+    trials = pq.read_table(HERE.trials).to_pylist()
     assert found["candidates"] == len(trials)
-    assert found["backbone"] == digest(artifacts.BACKBONE)
+    assert found["backbone"] == digest(HERE.backbone)
     assert (found["proxies"], found["outliers"]) == (list(chosen.search.proxies), [])
     unpruned = {key: trials[0][key] for key in found["unpruned"]}
     assert found["unpruned"] == unpruned
@@ -157,8 +159,8 @@ def test_what_the_search_chose_is_among_its_trials_and_in_its_masks(workspace: P
         assert 1 <= record["within_noise"] <= len(accurate)
         assert record["interval"]["low"] <= record["fpr95"] <= record["interval"]["high"]
         assert record["instability"] >= 0
-    measured = stages.sensitivity.read(chosen)
-    for method, path in (("opnp", artifacts.MASK), ("opnp+react", artifacts.MASK_REACT)):
+    measured = Run(HERE, chosen).sensitivities
+    for method, path in (("opnp", HERE.mask), ("opnp+react", HERE.mask_react)):
         candidate = Candidate.stated(found[method])
         mask, expected = PruningMask.load(path), candidate.mask(setting_of(measured, candidate))
         assert torch.equal(mask.weights, expected.weights)
@@ -166,7 +168,7 @@ def test_what_the_search_chose_is_among_its_trials_and_in_its_masks(workspace: P
 
 
 def test_pruning_beats_energy_without_seeing_outliers(finished: Path) -> None:
-    detectors = read(finished / artifacts.METRICS)["detectors"]
+    detectors = read(finished / HERE.metrics)["detectors"]
     fpr95 = {name: of["mean"]["fpr95"] for name, of in detectors.items()}
     assert 15 < fpr95["energy"] < 60
     assert fpr95["onp"] < fpr95["energy"]
@@ -175,8 +177,8 @@ def test_pruning_beats_energy_without_seeing_outliers(finished: Path) -> None:
 
 
 def test_metrics_and_intervals_hold_every_detector_set_and_metric(finished: Path) -> None:
-    metrics = read(finished / artifacts.METRICS)
-    intervals = read(finished / artifacts.INTERVALS)
+    metrics = read(finished / HERE.metrics)
+    intervals = read(finished / HERE.intervals)
     assert list(metrics["detectors"]) == QUICK["evaluate.detectors"]
     sets = {"near": ["held-out-digits"], "far": ["letters", "photo-patches", "noise"]}
     sets["mean"] = sets["near"] + sets["far"]
@@ -199,9 +201,9 @@ def test_metrics_and_intervals_hold_every_detector_set_and_metric(finished: Path
 
 
 def test_evaluation_says_what_was_tried_and_what_hindsight_would_give(finished: Path) -> None:
-    evaluation = read(finished / artifacts.EVALUATION)
-    detectors = read(finished / artifacts.METRICS)["detectors"]
-    found = read(finished / artifacts.SEARCH)
+    evaluation = read(finished / HERE.evaluation)
+    detectors = read(finished / HERE.metrics)["detectors"]
+    found = read(finished / HERE.search)
     for key in ("hyperparameters", "trials", "ranks"):
         assert list(evaluation[key]) == list(detectors)
     assert evaluation["unavailable"] == {}
@@ -231,8 +233,8 @@ def test_evaluation_says_what_was_tried_and_what_hindsight_would_give(finished: 
 def test_scores_give_the_metrics_again(finished: Path) -> None:
     from sklearn.metrics import roc_auc_score
 
-    scores = pq.read_table(finished / artifacts.SCORES).to_pandas()
-    metrics = read(finished / artifacts.METRICS)["detectors"]
+    scores = pq.read_table(finished / HERE.scores).to_pandas()
+    metrics = read(finished / HERE.metrics)["detectors"]
     letters = scores[scores["set"].isin(["test", "letters"])]
     for name in metrics:
         auroc = 100 * roc_auc_score(letters["set"] == "letters", letters[name])
@@ -240,9 +242,9 @@ def test_scores_give_the_metrics_again(finished: Path) -> None:
 
 
 def test_comparison_holds_every_detector_and_column(finished: Path) -> None:
-    metrics = read(finished / artifacts.METRICS)["detectors"]
-    evaluation = read(finished / artifacts.EVALUATION)
-    rows = pq.read_table(finished / artifacts.COMPARISON).to_pylist()
+    metrics = read(finished / HERE.metrics)["detectors"]
+    evaluation = read(finished / HERE.evaluation)
+    rows = pq.read_table(finished / HERE.comparison).to_pylist()
     assert len(rows) == len(metrics) * 7
     order = list(dict.fromkeys(row["detector"] for row in rows))
     assert order == ranking.ranked(metrics, evaluation["ranks"])
@@ -251,7 +253,7 @@ def test_comparison_holds_every_detector_and_column(finished: Path) -> None:
         assert row["rank"] == evaluation["ranks"][row["detector"]].get(row["column"])
         hyperparameters = json.loads(row["hyperparameters"])
         assert hyperparameters == evaluation["hyperparameters"][row["detector"]]
-    text = (finished / artifacts.COMPARISON_TEXT).read_text()
+    text = (finished / HERE.comparison_text).read_text()
     listed = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines()[4:]]
     assert listed[: len(order)] == [label(name, evaluation["pruned"].get(name)) for name in order]
 
@@ -272,7 +274,7 @@ def test_splits_are_disjoint(finished: Path) -> None:
 def test_fetch_reproduces_the_committed_hashes(finished: Path) -> None:
     """The pipeline has fetched without a complaint; this is what it compared."""
     recorded = yaml.load((finished / "data.dvc").read_text())
-    manifest = json.loads((finished / artifacts.MANIFEST).read_text())
+    manifest = json.loads((finished / HERE.manifest).read_text())
     assert recorded["meta"]["files"] == {n: s["sha256"] for n, s in manifest["sets"].items()}
     committed = Path(__file__).parents[2] / "data.dvc"
     assert recorded == yaml.load(committed.read_text())
@@ -284,7 +286,7 @@ def test_changed_data_are_refused_by_name(
     from flows.fetch import fetch
 
     text = (workspace / "data.dvc").read_text()
-    sha256 = read_manifest().sets["ood/letters"].sha256
+    sha256 = read_manifest(HERE.data).sets["ood/letters"].sha256
     (workspace / "data.dvc").write_text(text.replace(sha256, "0" * 64))
     message = call(fetch)
     assert "data/ood/letters.parquet" in message
@@ -296,7 +298,7 @@ def test_second_run_has_nothing_to_do(
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in workspace.glob("artifacts/**/*.*")}
     monkeypatch.setattr("flows.prefect_server.start", lambda: pytest.fail("a server was started"))
-    whole.pipeline()
+    whole.pipeline(HERE)
     assert "Nothing has changed" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in workspace.glob("artifacts/**/*.*")}
 
@@ -311,14 +313,14 @@ def test_a_run_that_dies_before_it_is_recorded_is_recorded_by_the_next(
     def die(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    artifacts.REPORT.unlink()
+    HERE.report.unlink()
     with monkeypatch.context() as patch:
         patch.setattr(records, "stash", die)
         with pytest.raises(KeyboardInterrupt):
-            whole.pipeline()
+            whole.pipeline(HERE)
     assert len(mlflow_runs()) == 1
     for _ in range(2):
-        whole.pipeline()
+        whole.pipeline(HERE)
         assert "Nothing has changed" in capsys.readouterr().out
         assert len(mlflow_runs()) == 2
     assert mlflow_runs()[0].data.metrics["seconds/train"] > 0
@@ -351,7 +353,7 @@ def test_a_parameter_concerns_only_its_stages(
     """Stages further down follow once their inputs have changed."""
     set_parameters(workspace, {name: value})
     chosen = parameters.load()
-    assert [stage for stage in whole.STAGES if whole.outdated(stage, chosen)] == concerned
+    assert [stage for stage in whole.STAGES if whole.outdated(HERE, stage, chosen)] == concerned
 
 
 def test_a_file_that_leaves_out_what_has_a_default_is_completed(workspace: Path) -> None:
@@ -387,17 +389,21 @@ def test_a_file_that_leaves_out_what_has_a_default_is_completed(workspace: Path)
 def test_plain_functions_and_any_number_of_workers_give_the_same_bits(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pipeline has run shards in parallel and in other processes; here they run one by one."""
-    shutil.copytree(finished / "data", tmp_path / "data")
-    shutil.copy2(finished / "params.yaml", tmp_path)
-    monkeypatch.chdir(tmp_path)
-    chosen = parameters.load()
+    """The pipeline has run shards in parallel, in its own folder; here they run one by one, from a
+    folder that holds nothing."""
+    workspace, elsewhere = Workspace(tmp_path / "workspace"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    shutil.copytree(finished / "data", workspace.data)
+    shutil.copy2(finished / "params.yaml", workspace.parameters)
+    chosen = parameters.load(workspace.parameters)
     for stage in whole.STAGES[1:-1]:
-        getattr(stages, stage).run(chosen)
-    assert but_report(contents(tmp_path)) == but_report(contents(finished))
-    shutil.copy2(finished / artifacts.TIMES, artifacts.TIMES)
-    stages.report.run(chosen)
-    assert contents(tmp_path) == contents(finished)
+        getattr(stages, stage).run(workspace, chosen)
+    assert but_report(contents(workspace.root)) == but_report(contents(finished))
+    shutil.copy2(finished / HERE.times, workspace.times)
+    stages.report.run(workspace, chosen)
+    assert contents(workspace.root) == contents(finished)
+    assert not any(elsewhere.iterdir())
 
 
 @pytest.mark.slow
@@ -444,7 +450,7 @@ def test_an_experiment_runs_only_its_stages_against_one_server(workspace: Path) 
 def test_mlflow_holds_the_run(workspace: Path) -> None:
     (run,) = mlflow_runs()
     assert run.info.status == "FINISHED"
-    metrics = read(artifacts.METRICS)
+    metrics = read(HERE.metrics)
     logged = run.data.metrics
     assert logged["opnp/mean/fpr95"] == metrics["detectors"]["opnp"]["mean"]["fpr95"]
     assert logged["opnp-react/near/auroc"] == metrics["detectors"]["opnp+react"]["near"]["auroc"]
@@ -455,18 +461,18 @@ def test_mlflow_holds_the_run(workspace: Path) -> None:
     assert len(run.data.tags["mlflow.source.git.commit"]) == 40
     from mlflow import MlflowClient
 
-    client = MlflowClient(mlflow_client.tracking_uri())
+    client = MlflowClient(mlflow_client.tracking_uri(HERE))
     names = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert names == {path.name for path in (*records.FILES, artifacts.TIMES)}
+    assert names == {path.name for path in records.files(HERE)}
     assert run.inputs is not None
     inputs = {entry.dataset.name: entry.dataset.digest for entry in run.inputs.dataset_inputs}
     assert inputs["train"] == digest(Path("data/train.parquet"), "md5")
-    assert set(inputs) == set(read_manifest().sets)
+    assert set(inputs) == set(read_manifest(HERE.data).sets)
 
 
 def test_mlflow_holds_each_detector_as_a_child_of_the_run(workspace: Path) -> None:
     (run,) = mlflow_runs()
-    evaluation, metrics = read(artifacts.EVALUATION), read(artifacts.METRICS)["detectors"]
+    evaluation, metrics = read(HERE.evaluation), read(HERE.metrics)["detectors"]
     by_name = {child.data.tags["detector"]: child for child in mlflow_runs(run.info.run_id)}
     assert set(by_name) == set(QUICK["evaluate.detectors"])
     for name, child in by_name.items():
@@ -485,17 +491,17 @@ def test_a_tracking_server_that_is_down_loses_nothing(
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    records.stash(parameters.load(), {"train": 1.5})
-    records.log_or_wait()
+    records.stash(Run(HERE, parameters.load()), {"train": 1.5})
+    records.log_or_wait(HERE)
     assert "could not be reached" in capsys.readouterr().err
-    assert len(records.waiting()) == 1
+    assert len(records.waiting(HERE)) == 1
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    (records.UNLOGGED / "0-broken").mkdir()
-    (records.UNLOGGED / "0-broken" / "run.json").write_text("{")
-    records.log_or_wait()
+    (HERE.unlogged / "0-broken").mkdir()
+    (HERE.unlogged / "0-broken" / "run.json").write_text("{")
+    records.log_or_wait(HERE)
     assert "0-broken" in capsys.readouterr().err
-    assert [folder.name for folder in records.waiting()] == ["0-broken"]
+    assert [folder.name for folder in records.waiting(HERE)] == ["0-broken"]
     assert 1.5 in [run.data.metrics["seconds/train"] for run in mlflow_runs()]
 
 
@@ -514,7 +520,7 @@ def test_features_resume_without_computing_a_whole_shard_twice(
     stray.parent.mkdir()
     shutil.copy2(workspace / "artifacts/features/test/00000.arrow", stray)
     times = {p: p.stat().st_mtime_ns for p in workspace.glob("artifacts/features/**/*.arrow")}
-    features(parameters.load())
+    features(HERE, parameters.load())
     assert contents(workspace) == before
     again = {p: p.stat().st_mtime_ns for p in workspace.glob("artifacts/features/**/*.arrow")}
     assert {path for path in again if again[path] != times.get(path)} == {lost, cut}
@@ -528,22 +534,22 @@ def test_features_of_other_code_are_made_again(
 
     times = {p: p.stat().st_mtime_ns for p in workspace.glob("artifacts/*/**/*.*")}
     monkeypatch.setattr(stages.features, "code_digest", lambda *modules: "other")
-    features(parameters.load())
-    sensitivity(parameters.load())
+    features(HERE, parameters.load())
+    sensitivity(HERE, parameters.load())
     for path in workspace.glob("artifacts/[fs]e[an][ts]*/**/*.[as]*"):
         assert path.stat().st_mtime_ns != times[path], path
 
 
 def test_a_checkpoint_that_was_replaced_is_noticed(workspace: Path) -> None:
-    shutil.copy2(workspace / artifacts.BACKBONE, "mine.safetensors")
+    shutil.copy2(workspace / HERE.backbone, "mine.safetensors")
     set_parameters(workspace, {"train.checkpoint": "mine.safetensors"})
     chosen = parameters.load()
-    stages.train.run(chosen)
-    dvc_repo.record("train")
-    assert not whole.outdated("train", chosen)
+    stages.train.run(HERE, chosen)
+    dvc_repo.record(HERE, "train")
+    assert not whole.outdated(HERE, "train", chosen)
     with Path("mine.safetensors").open("ab") as file:
         file.write(b" ")
-    assert whole.outdated("train", chosen)
+    assert whole.outdated(HERE, "train", chosen)
 
 
 def test_sensitivity_resumes_to_the_same_bits(workspace: Path, prefect_api: str) -> None:
@@ -555,7 +561,7 @@ def test_sensitivity_resumes_to_the_same_bits(workspace: Path, prefect_api: str)
     (folder / "clips.json").write_text('{"50.0": 0.1}')
     os.truncate(folder / "shards/00000.safetensors", 100)
     kept = (folder / "shards/00001.safetensors").stat().st_mtime_ns
-    sensitivity(parameters.load())
+    sensitivity(HERE, parameters.load())
     assert contents(workspace) == before
     assert (folder / "shards/00001.safetensors").stat().st_mtime_ns == kept
 
@@ -565,32 +571,30 @@ def test_sums_of_a_shard_are_used_again_until_a_setting_changes(workspace: Path)
         return {path: path.stat().st_mtime_ns for path in Path().glob("artifacts/s*/shards/*")}
 
     before, times = contents(workspace), sums()
-    stages.sensitivity.run(parameters.load())
+    stages.sensitivity.run(HERE, parameters.load())
     assert (contents(workspace), sums()) == (before, times)
     for change in ({"search.clip": [None, 80]}, {"search.temperature": [1.0, 3.0]}):
         set_parameters(workspace, change)
         times = sums()
-        stages.sensitivity.run(parameters.load())
+        stages.sensitivity.run(HERE, parameters.load())
         assert all(times[path] != time for path, time in sums().items())
     assert [
-        (each["clip"], each["temperature"])
-        for each in stages.sensitivity.settings_of(parameters.load())
+        (each["clip"], each["temperature"]) for each in Run(HERE, parameters.load()).settings
     ] == [(None, 1.0), (None, 3.0), (80.0, 1.0), (80.0, 3.0)]
 
 
 def test_training_samples_divide_into_shards_of_any_size(workspace: Path) -> None:
     """A last shard of a single row leaves one of its halves empty."""
     (count,) = {len(pq.read_table("data/train.parquet"))}
-    before, _ = tensors.load(artifacts.SENSITIVITY, "")
+    before, _ = tensors.load(HERE.sensitivity)
     size = next(size for size in range(100, count) if count % size == 1)
     set_parameters(workspace, {"features.shard_size": size})
     chosen = parameters.load()
-    for shard in shards.divide("train", count, size):
-        stages.features.compute(chosen, shard)
-    remove_others(
-        artifacts.FEATURES / "train", {s.path for s in shards.divide("train", count, size)}
-    )
-    found = stages.sensitivity.run(chosen)
+    planned = shards.divide("train", count, size)
+    for shard in planned:
+        stages.features.compute(HERE, chosen, shard)
+    remove_others(HERE.shards("train"), {shard.path(HERE.features) for shard in planned})
+    found = stages.sensitivity.run(HERE, chosen)
     assert [each.count for each in found] == [count, count]
     total = (before["0/0/weights"] + before["0/1/weights"]) / count
     torch.testing.assert_close(found[0].weights, total, rtol=1e-5, atol=1e-9)
@@ -609,32 +613,32 @@ def test_real_outliers_are_searched_and_tuned_on(workspace: Path, prefect_api: s
         },
     )
     chosen = parameters.load()
-    assert dvc_repo.data_changed(stages.fetch.data_parameters(chosen))
-    seconds = whole.run_stages(chosen)
+    assert dvc_repo.data_changed(HERE, data_parameters(chosen))
+    seconds = whole.run_stages(HERE, chosen)
     assert set(seconds) == {"fetch", "features", "search", "evaluate", "report"}
     recorded = yaml.load((workspace / "data.dvc").read_text())["meta"]
     assert recorded["parameters"]["outliers"] == {"patches": "photo-patches"}
-    manifest = read_manifest()
+    manifest = read_manifest(HERE.data)
     assert recorded["files"]["outliers/patches"] == digest(Path("data/outliers/patches.parquet"))
     assert manifest.sets["outliers/patches"].role == "outliers"
     assert manifest.sets["outliers/patches"].count == 400
     assert set(manifest.ood) == {"held-out-digits", "letters", "noise"}
-    [(h, labels)] = stages.features.load(chosen, "outliers/patches")
+    h, labels = Run(HERE, chosen).features("outliers/patches")
     assert h.shape == (400, 128)
     assert set(labels.tolist()) == {-1}
 
-    found = read(artifacts.SEARCH)
+    found = read(HERE.search)
     assert (found["proxies"], found["outliers"]) == (["blobs"], ["patches"])
     both = ["fpr95/blobs", "fpr95/patches"]
-    trials = pq.read_table(artifacts.TRIALS)
+    trials = pq.read_table(HERE.trials)
     assert [name for name in trials.column_names if name.startswith("fpr95/")] == both
     for trial in trials.to_pylist():
         assert trial["fpr95"] == pytest.approx((trial[both[0]] + trial[both[1]]) / 2)
-    evaluation = read(artifacts.EVALUATION)
+    evaluation = read(HERE.evaluation)
     assert set(evaluation["sets"]) == set(manifest.ood)
-    assert set(pq.read_table(artifacts.SCORES)["set"].to_pylist()) == {"test", *manifest.ood}
-    assert "patches" in (workspace / artifacts.REPORT).read_text()
-    records.record_run(chosen, seconds)
+    assert set(pq.read_table(HERE.scores)["set"].to_pylist()) == {"test", *manifest.ood}
+    assert "patches" in (workspace / HERE.report).read_text()
+    records.record_run(Run(HERE, chosen), seconds)
     run = mlflow_runs()[0]
     contexts = {
         entry.dataset.name: tag.value for entry in run.inputs.dataset_inputs for tag in entry.tags
@@ -644,19 +648,19 @@ def test_real_outliers_are_searched_and_tuned_on(workspace: Path, prefect_api: s
 
     set_parameters(workspace, {"search.proxies": []})
     alone = parameters.load()
-    assert set(whole.run_stages(alone)) == {"features", "search", "evaluate", "report"}
-    assert not any((artifacts.FEATURES / "proxies").iterdir())
-    found = read(artifacts.SEARCH)
+    assert set(whole.run_stages(HERE, alone)) == {"features", "search", "evaluate", "report"}
+    assert not any((HERE.features / "proxies").iterdir())
+    found = read(HERE.search)
     assert (found["proxies"], found["outliers"]) == ([], ["patches"])
-    trials = pq.read_table(artifacts.TRIALS)
+    trials = pq.read_table(HERE.trials)
     assert trials["fpr95"].to_pylist() == trials["fpr95/patches"].to_pylist()
     assert "fpr95/blobs" not in trials.column_names
-    assert not [stage for stage in whole.STAGES if whole.outdated(stage, alone)]
+    assert not [stage for stage in whole.STAGES if whole.outdated(HERE, stage, alone)]
 
     set_parameters(workspace, {"search.outliers": {}, "search.proxies": ["blobs"]})
-    assert dvc_repo.data_changed(stages.fetch.data_parameters(parameters.load()))
-    with pytest.raises(InputError, match=r"data/ was fetched with other .* search\.outliers"):
-        stages.features.run(parameters.load())
+    assert dvc_repo.data_changed(HERE, data_parameters(parameters.load()))
+    with pytest.raises(InputError, match=r"data was made with other .* outlier sets"):
+        stages.features.run(HERE, parameters.load())
 
 
 @pytest.mark.slow
@@ -680,27 +684,27 @@ def test_a_checkpoint_of_another_backbone_is_evaluated(
             "evaluate.detectors": [*SMALL["evaluate.detectors"], "rankfeat", "nac", "opnp+vim"],
         },
     )
-    trained = stages.train.run(parameters.load())
+    trained = stages.train.run(HERE, parameters.load())
     assert trained["validation_accuracy"] > 30  # of seven classes
-    shutil.copy2(artifacts.BACKBONE, "mine.safetensors")
+    shutil.copy2(HERE.backbone, "mine.safetensors")
     set_parameters(workspace, {"train.checkpoint": "mine.safetensors"})
     chosen = parameters.load()
-    seconds = whole.run_stages(chosen)
+    seconds = whole.run_stages(HERE, chosen)
     assert set(seconds) == set(whole.STAGES) - {"fetch"}
-    weights, mine = load_file(artifacts.BACKBONE), load_file("mine.safetensors")
+    weights, mine = load_file(HERE.backbone), load_file("mine.safetensors")
     assert all(torch.equal(weights[name], mine[name]) for name in mine)
-    record = read(artifacts.TRAINING)
+    record = read(HERE.training)
     assert record["checkpoint"] == digest(Path("mine.safetensors"))
     assert record["features"] == 32
     assert record["validation_accuracy"] == trained["validation_accuracy"]
 
-    evaluation = read(artifacts.EVALUATION)
+    evaluation = read(HERE.evaluation)
     compared = set(chosen.evaluate.detectors) - set(unavailable)
-    assert set(read(artifacts.METRICS)["detectors"]) == compared
+    assert set(read(HERE.metrics)["detectors"]) == compared
     assert set(evaluation["unavailable"]) == set(unavailable)
-    text = artifacts.COMPARISON_TEXT.read_text()
+    text = HERE.comparison_text.read_text()
     assert ("Not compared" in text) == bool(unavailable)
-    records.record_run(chosen, seconds)
+    records.record_run(Run(HERE, chosen), seconds)
     latest = mlflow_runs()[0]
     assert latest.data.tags["backbone"] == kind
     children = {run.data.tags["detector"]: run for run in mlflow_runs(latest.info.run_id)}
@@ -711,7 +715,7 @@ def test_a_checkpoint_of_another_backbone_is_evaluated(
         assert f"- {detector_name(name)}: {reason}" in text
         assert children[name].data.tags["unavailable"] == reason
         assert "mean/fpr95" not in children[name].data.metrics
-        assert reason in (workspace / artifacts.REPORT).read_text()
+        assert reason in (workspace / HERE.report).read_text()
 
 
 @pytest.mark.slow
@@ -730,30 +734,30 @@ def test_every_detector_of_the_parameters_is_compared(workspace: Path) -> None:
         },
     )
     chosen = parameters.load()
-    metrics = stages.evaluate.run(chosen)
-    stages.report.run(chosen)
-    evaluation = read(artifacts.EVALUATION)
+    metrics = stages.evaluate.run(HERE, chosen)
+    stages.report.run(HERE, chosen)
+    evaluation = read(HERE.evaluation)
     assert evaluation["unavailable"] == {}
     assert list(metrics["detectors"]) == everything
-    assert read(artifacts.METRICS) == metrics
+    assert read(HERE.metrics) == metrics
     searched = {"opp", "onp", "opnp", "opnp+react"}
     for name in everything:
         assert evaluation["trials"][name] <= 2 or name in searched
-        assert {"tune", "fit", "score"} == set(read(artifacts.TIMES)[name])
+        assert {"tune", "fit", "score"} == set(read(HERE.times)[name])
         masked = name.startswith("opnp+") or name in searched
         pruned = {"weights_low", "neurons_high", "neuron_sensitivity"}
         assert masked == (pruned <= set(evaluation["hyperparameters"][name]))
-    rows = pq.read_table(artifacts.COMPARISON).to_pylist()
+    rows = pq.read_table(HERE.comparison).to_pylist()
     assert {row["detector"] for row in rows} == set(everything)
-    scores = pq.read_table(artifacts.SCORES)
+    scores = pq.read_table(HERE.scores)
     assert scores.column_names[4:] == everything
     assert all(np.isfinite(scores[name].to_numpy()).all() for name in everything)
-    text, page = artifacts.COMPARISON_TEXT.read_text(), artifacts.REPORT.read_text()
+    text, page = HERE.comparison_text.read_text(), HERE.report.read_text()
     for name in everything:
         shown = label(name, evaluation["pruned"].get(name))
         assert f"\n| {shown} |" in text
         assert shown in page
-    records.record_run(chosen, {})
+    records.record_run(Run(HERE, chosen), {})
     children = mlflow_runs(mlflow_runs()[0].info.run_id)
     assert {run.data.tags["detector"] for run in children} == set(everything)
 
@@ -762,17 +766,17 @@ def test_every_detector_of_the_parameters_is_compared(workspace: Path) -> None:
 def test_a_detector_of_the_run_scores_as_evaluate_does(
     method: str, workspace: Path, tmp_path: Path
 ) -> None:
-    made = detector.from_run(parameters.load(), method=method).save(tmp_path / "detector")
+    made = from_run(Run(HERE, parameters.load()), method=method).save(tmp_path / "detector")
     loaded = opnp.load(tmp_path / "detector")
     assert loaded.digest == made.digest
-    table = pq.read_table(artifacts.SCORES, filters=[("set", "==", "test")])
-    pixels, labels = imagesets.read(data_file("test"), "L", 8)
+    table = pq.read_table(HERE.scores, filters=[("set", "==", "test")])
+    pixels, labels = imagesets.read(data_file("test", HERE.data), "L", 8)
     scores = loaded.predict(imagesets.unit(pixels))
     np.testing.assert_allclose(scores.score, table.column(method).to_numpy(), atol=1e-4)
     assert (scores.label == labels).mean() > 0.9
-    found = read(workspace / artifacts.SEARCH)[method]
+    found = read(workspace / HERE.search)[method]
     assert loaded.made["search"]["fpr95"] == found["fpr95"]
-    pixels, _ = imagesets.read(data_file("validation"), "L", 8)
+    pixels, _ = imagesets.read(data_file("validation", HERE.data), "L", 8)
     accepted = ~loaded.predict(imagesets.unit(pixels)).is_ood
     assert 0 <= accepted.mean() - 0.95 < 2 / len(pixels)
 
@@ -791,4 +795,4 @@ def test_the_page_about_detectors_on_runs(
     assert torch.equal(by_python.mask.weights, by_program.mask.weights)
     set_parameters(workspace, {"search.max_accuracy_drop": 5.0})
     with pytest.raises(InputError, match="made with other parameters in section search"):
-        detector.from_run(parameters.load())
+        from_run(Run(HERE, parameters.load()))

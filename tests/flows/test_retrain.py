@@ -19,7 +19,7 @@ from opnp.errors import InputError
 from opnp.pipeline import parameters, stages
 from opnp.pipeline.parameters import Parameters
 from opnp.tracking import registry
-from tests.conftest import ROOT, new_workspace, run_program, set_parameters
+from tests.conftest import HERE, ROOT, new_workspace, run_program, set_parameters
 from tests.flows.test_pipeline import SMALL
 from tests.helpers import own_model
 
@@ -31,8 +31,8 @@ def place(own: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy2(ROOT / "params.yaml", folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        stages.fetch.run(parameters.load())
-        champion.freeze(folder / "frozen")
+        stages.fetch.run(HERE, parameters.load())
+        champion.freeze(HERE, folder / "frozen")
     return folder
 
 
@@ -70,11 +70,11 @@ def chosen(
 
 
 def aliases() -> dict[str, str]:
-    return registry.aliases_of(registry.registry(), "opnp")
+    return registry.aliases_of(registry.registry(HERE), "opnp")
 
 
 def registered() -> list[Any]:
-    return list(registry.registry().search_model_versions("name = 'opnp'"))
+    return list(registry.registry(HERE).search_model_versions("name = 'opnp'"))
 
 
 def test_one_challenger_is_promoted_and_another_rejected(
@@ -84,31 +84,33 @@ def test_one_challenger_is_promoted_and_another_rejected(
     monkeypatch.setattr(retrain, "emit_event", lambda event, *_, **__: told.append(event))
     weak, worse = disturbed(good, 0.5), disturbed(good, 0.6)
     weak.save("weak")
-    assert retrain.contend(Path("weak"), chosen) == "promoted"  # there is no champion
+    assert retrain.contend(HERE, Path("weak"), chosen) == "promoted"  # there is no champion
     good.save("good")
-    assert retrain.contend(Path("good"), chosen) == "promoted"
+    assert retrain.contend(HERE, Path("good"), chosen) == "promoted"
     worse.save("worse")
-    assert retrain.contend(Path("worse"), chosen) == "rejected"
+    assert retrain.contend(HERE, Path("worse"), chosen) == "rejected"
     assert aliases() == {"champion": "2", "challenger": "3"}
-    tags = registry.registry().get_model_version("opnp", "2").tags
+    tags = registry.registry(HERE).get_model_version("opnp", "2").tags
     assert float(tags["contest.low"]) > 0
     assert float(tags["contest.fpr95"]) < float(tags["contest.champion_fpr95"])
 
     for name in ("weak", "good", "worse"):  # nothing twice
-        assert retrain.contend(Path(name), chosen) == "unchanged"
+        assert retrain.contend(HERE, Path(name), chosen) == "unchanged"
     assert len(registered()) == 3
     assert aliases() == {"champion": "2", "challenger": "3"}
     assert told == [f"opnp.retrain.{each}" for each in ("promoted", "promoted", "rejected")]
 
-    assert registry.rollback() == "1"
-    assert retrain.contend(Path("good"), chosen) == "unchanged"  # what was rolled back stays so
+    assert registry.rollback(HERE) == "1"
+    assert (
+        retrain.contend(HERE, Path("good"), chosen) == "unchanged"
+    )  # what was rolled back stays so
     assert aliases()["champion"] == "1"
 
     frozen = Path("frozen/test.parquet")
     frozen.write_bytes(Path("frozen/ood/letters.parquet").read_bytes())
     other = disturbed(good, 0.01).save("other")
     with pytest.raises(InputError, match=r"test\.parquet is missing or not what was frozen"):
-        retrain.contend(Path("other"), chosen)
+        retrain.contend(HERE, Path("other"), chosen)
     assert aliases()["champion"] == "1"
     assert other.digest
 
@@ -118,7 +120,7 @@ def test_a_failure_leaves_the_champion_and_is_made_up_for(
     good: SavedDetector, chosen: Parameters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disturbed(good, 0.5).save("weak")
-    retrain.contend(Path("weak"), chosen)
+    retrain.contend(HERE, Path("weak"), chosen)
     good.save("good")
 
     def failing(*_: Any, **__: Any) -> Any:
@@ -128,9 +130,9 @@ def test_a_failure_leaves_the_champion_and_is_made_up_for(
         with monkeypatch.context() as patch:
             patch.setattr(module, name, failing)
             with pytest.raises(OSError, match="no"):
-                retrain.contend(Path("good"), chosen)
+                retrain.contend(HERE, Path("good"), chosen)
         assert aliases()["champion"] == "1", name
-    assert retrain.contend(Path("good"), chosen) == "promoted"
+    assert retrain.contend(HERE, Path("good"), chosen) == "promoted"
     assert aliases()["champion"] == "2"
     assert len(registered()) == 2
 
@@ -166,22 +168,22 @@ def test_images_that_were_trained_on_do_not_judge(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
-    champion.check_unseen(place / "frozen")
+    champion.check_unseen(HERE, place / "frozen")
     shutil.copytree(place / "frozen", tmp_path / "frozen")
     shutil.copy2("data/train.parquet", tmp_path / "frozen" / "test.parquet")
     with pytest.raises(InputError, match=r"has seen what it is judged on"):
-        champion.check_unseen(tmp_path / "frozen")
+        champion.check_unseen(HERE, tmp_path / "frozen")
 
 
 def test_another_evaluation_set_under_the_same_name_is_refused(
     good: SavedDetector, chosen: Parameters
 ) -> None:
     good.save("good")
-    retrain.contend(Path("good"), chosen)
+    retrain.contend(HERE, Path("good"), chosen)
     with open("frozen/manifest.json", "a") as file:
         file.write("\n")
     with pytest.raises(InputError, match="is not the evaluation set that detectors were compared"):
-        retrain.check_frozen(registry.registry(), Path("frozen"))
+        retrain.check_frozen(registry.registry(HERE), Path("frozen"))
 
 
 def test_monitor_counts_each_image_once(
@@ -190,14 +192,14 @@ def test_monitor_counts_each_image_once(
     recent = tmp_path / "recent"
     shutil.copytree(own / "images" / "test" / "six", recent)
     with pytest.raises(InputError, match="There is no champion"):
-        monitor.watch(recent, chosen)
+        monitor.watch(HERE, recent, chosen)
     good.save("good")
-    retrain.contend(Path("good"), chosen)
-    assert not monitor.watch(recent, chosen)
-    assert not monitor.watch(recent, chosen)  # nothing is new
+    retrain.contend(HERE, Path("good"), chosen)
+    assert not monitor.watch(HERE, recent, chosen)
+    assert not monitor.watch(HERE, recent, chosen)  # nothing is new
     shutil.copytree(own / "images" / "others", recent / "others")
-    assert monitor.watch(recent, chosen)
-    client = registry.registry()
+    assert monitor.watch(HERE, recent, chosen)
+    client = registry.registry(HERE)
     (run,) = client.search_runs(["1"], "tags.monitor != ''")
     history = client.get_metric_history(run.info.run_id, "images")
     counts = [len(list((own / "images" / each).iterdir())) for each in ("test/six", "others")]

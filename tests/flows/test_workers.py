@@ -24,7 +24,8 @@ from flows import workers
 from opnp.errors import InputError
 from opnp.pipeline import parameters, stages
 from opnp.pipeline.parameters import Engine, Parameters
-from tests.conftest import ROOT
+from opnp.workspace import Workspace
+from tests.conftest import HERE, ROOT
 from tests.flows.test_pipeline import contents
 
 # Made again in the tests below; all other shards stay.
@@ -54,7 +55,7 @@ def watched(path):
             pass
     with atomic(path) as temporary:
         yield temporary
-    loads = sys.modules["opnp.pipeline.stages.features"].backbone_on.cache_info().misses
+    loads = sys.modules["opnp.pipeline.results.backbone"].on_device.cache_info().misses
     with open(f"{FOLDER}/written", "a") as file:
         file.write(f"{os.getpid()} {loads} {path}\\n")
 
@@ -174,10 +175,10 @@ def test_dask_goes_on_when_a_worker_is_killed_in_mid_shard(
     ):
         wait_for_workers(scheduler, 2)
         with killed_in_mid_shard(watch) as killed:
-            workers.run(features, asked)
+            workers.run(features, HERE, asked)
         assert set(killed) < {a.pid, b.pid}
         shutil.rmtree("artifacts/sensitivity")
-        workers.run(sensitivity, asked)
+        workers.run(sensitivity, HERE, asked)
     assert contents(workspace) == before
     check_written(watch, lost, processes=2)
 
@@ -191,7 +192,7 @@ def test_processes_go_on_when_one_is_killed_in_mid_shard(
 
     before, lost = contents(workspace), lose_shards()
     with killed_in_mid_shard(watch) as killed:
-        workers.run(features, chosen(runner="processes", workers=1))
+        workers.run(features, HERE, chosen(runner="processes", workers=1))
     assert len(killed) == 1
     assert capsys.readouterr().out.count("features: a process died") == 1
     assert contents(workspace) == before
@@ -208,7 +209,7 @@ def test_a_dask_cluster_of_this_machine_lasts_as_long_as_the_flow(prefect_api: s
     def places() -> set[tuple[int, str]]:
         return {future.result() for future in [where.submit(), where.submit()]}
 
-    runner = workers.task_runner(Engine(runner="dask", workers=1))
+    runner = workers.task_runner(HERE, Engine(runner="dask", workers=1))
     ((process, folder),) = places.with_options(task_runner=runner)()
     assert process != os.getpid()
     assert folder == str(Path.cwd())
@@ -235,7 +236,7 @@ def test_no_more_shards_at_once_than_the_tag_has_slots(
         client.create_concurrency_limit("gpu", 1)
         services._no_limits_cache.clear()  # of the flows before: it is kept for seconds
         try:
-            workers.run(sensitivity, chosen(workers=2))
+            workers.run(sensitivity, HERE, chosen(workers=2))
         finally:
             client.delete_concurrency_limit_by_tag("gpu")
     assert contents(workspace) == before
@@ -246,11 +247,11 @@ def test_no_more_shards_at_once_than_the_tag_has_slots(
 
 
 def test_workers_are_stated_or_counted() -> None:
-    stated = workers.task_runner(Engine(workers=3))
+    stated = workers.task_runner(HERE, Engine(workers=3))
     assert isinstance(stated, ThreadPoolTaskRunner)
     assert stated._max_workers == 3
-    assert workers.task_runner(Engine())._max_workers >= 1
-    processes = workers.task_runner(Engine(runner="processes", workers=2))
+    assert workers.task_runner(HERE, Engine())._max_workers >= 1
+    processes = workers.task_runner(HERE, Engine(runner="processes", workers=2))
     assert isinstance(processes, ProcessPoolTaskRunner)
     assert processes._max_workers == 2
 
@@ -258,22 +259,22 @@ def test_workers_are_stated_or_counted() -> None:
 def test_dask_is_asked_for_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prefect_dask", None)
     with pytest.raises(InputError, match=r"pip install 'opnp\[dask\]'"):
-        workers.task_runner(Engine(runner="dask"))
+        workers.task_runner(HERE, Engine(runner="dask"))
 
 
 def test_a_scheduler_that_does_not_answer_is_refused_in_seconds() -> None:
     start = time.monotonic()
     with pytest.raises(InputError, match=r"engine\.scheduler tcp://127\.0\.0\.1:9 "):
-        workers.task_runner(Engine(runner="dask", scheduler="tcp://127.0.0.1:9"))
+        workers.task_runner(HERE, Engine(runner="dask", scheduler="tcp://127.0.0.1:9"))
     assert time.monotonic() - start < 20
 
 
 def test_workers_elsewhere_need_a_server_that_they_reach(prefect_api: str) -> None:
     with pytest.raises(InputError, match=r"192\.0\.2\.1:8786 cannot reach .* in PREFECT_API_URL"):
-        workers.task_runner(Engine(runner="dask", scheduler="tcp://192.0.2.1:8786"))
+        workers.task_runner(HERE, Engine(runner="dask", scheduler="tcp://192.0.2.1:8786"))
 
 
-def test_workers_with_another_opnp_or_in_another_folder_are_refused(
+def test_workers_with_another_opnp_or_without_the_workspace_are_refused(
     scheduler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = tmp_path / "other"
@@ -286,12 +287,13 @@ def test_workers_with_another_opnp_or_in_another_folder_are_refused(
     with worker(scheduler, "other", tmp_path / "other.log", other):  # which it imports from
         wait_for_workers(scheduler, 1)
         with pytest.raises(InputError, match=rf"has opnp 0\.0\.1 .* has {opnp.__version__}:"):
-            workers.task_runner(settings)
-    with worker(scheduler, "astray", tmp_path / "astray.log"):
+            workers.task_runner(HERE, settings)
+    monkeypatch.chdir(tmp_path)
+    with worker(scheduler, "astray", tmp_path / "astray.log", ROOT):
         wait_for_workers(scheduler, 1)
-        workers.task_runner(settings)
-        monkeypatch.chdir(tmp_path)
-        with pytest.raises(InputError, match=r"does not run in this folder, .*engine\.storage"):
-            workers.task_runner(settings)
+        workers.task_runner(Workspace(tmp_path), settings)
+        unseen = Workspace(Path("/proc/self/cwd"))  # which is another folder to each process
+        with pytest.raises(InputError, match=r"does not see the folder .*engine\.storage"):
+            workers.task_runner(unseen, settings)
         elsewhere = settings.model_copy(update={"storage": "memory://shards"})
-        workers.task_runner(elsewhere)
+        workers.task_runner(unseen, elsewhere)

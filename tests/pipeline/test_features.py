@@ -13,7 +13,9 @@ from torch import Tensor
 from opnp.errors import InputError
 from opnp.pipeline import parameters, stages
 from opnp.pipeline.parameters import Parameters
+from opnp.pipeline.results import Run
 from opnp.pipeline.stages.features import ahead
+from tests.conftest import HERE
 
 TEST = Path("artifacts/features/test")
 
@@ -57,10 +59,10 @@ def chosen(section: str, **values: Any) -> Parameters:
 def encoded_anew(settings: Parameters) -> Tensor:
     """The features of the test images, computed anew."""
     shutil.rmtree(TEST)
-    for shard in stages.features.plan(settings):
+    for shard in stages.features.plan(HERE, settings):
         if shard.split == "test":
-            assert stages.features.compute(settings, shard)
-    ((features, _),) = stages.features.load(settings, "test")
+            assert stages.features.compute(HERE, settings, shard)
+    features, _ = Run(HERE, settings).features("test")
     return features
 
 
@@ -86,7 +88,7 @@ def test_bfloat16_is_close_and_shards_of_another_precision_are_not_taken(workspa
     assert not torch.equal(exact, rounded)
     torch.testing.assert_close(rounded, exact, rtol=0, atol=0.03 * float(exact.abs().max()))
     with pytest.raises(InputError, match="made with another precision"):
-        stages.features.load(parameters.load(), "test")
+        Run(HERE, parameters.load()).features("test")
 
 
 @pytest.mark.slow

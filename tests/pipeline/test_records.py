@@ -16,15 +16,26 @@ from typing import Any
 
 import pytest
 
-from opnp import workspace
+from opnp.detectors.names import ours
 from opnp.metrics import ranking
+from opnp.metrics.separation import METRICS
 from opnp.pipeline import parameters, records
 from opnp.pipeline.parameters import Parameters
-from opnp.runtime.files import write_json
+from opnp.pipeline.results import Run
+from opnp.pipeline.results.data import data_parameters
+from opnp.pipeline.results.search import CANDIDATE, CHOICE, COUNTS, SETTING
+from opnp.pruning.methods import METHODS
+from opnp.runtime.files import write_csv, write_json
 from opnp.tracking import history, mlflow_client, models
+from tests.conftest import HERE
+from tests.helpers.runs import write_backbone
 
 DETECTORS = {"energy": 40.0, "opnp": 30.0, "opnp+gen": 20.0}
 KINDS = {"near-a": "near", "far-b": "far"}
+TRAINING = {
+    "train_accuracy": 99, "validation_accuracy": 98, "parameters": 9, "features": 3, "classes": 2,
+    "checkpoint": None,
+}  # fmt: skip
 
 
 def chosen(backbone: str = "resnet", data: str = "digits", seed: int = 0) -> Parameters:
@@ -39,42 +50,78 @@ def chosen(backbone: str = "resnet", data: str = "digits", seed: int = 0) -> Par
     )
 
 
-def write_run(fpr95: dict[str, float], kinds: dict[str, str] = KINDS, pruned: float = 12.5) -> None:
-    """The files of a run in the current folder, in which the detectors have these mean FPR95s.
+def write_run(
+    fpr95: dict[str, float],
+    of: Parameters | None = None,
+    kinds: dict[str, str] = KINDS,
+    pruned: float = 12.5,
+) -> Run:
+    """Write the files of a run in the current folder.
 
-    Those whose name begins with ``opnp`` prune as many percent of the weights as is said.
+    Args:
+        fpr95: the mean FPR95 of each detector.
+        of: parameters of the run, but for its detectors.
+        kinds: of the OOD sets.
+        pruned: percent of the weights that detectors of ours prune.
     """
-    for path in records.FILES:
+    of = of or chosen()
+    compared = of.evaluate.model_copy(update={"detectors": [*fpr95, "odin"]})
+    run = Run(HERE, of.model_copy(update={"evaluate": compared}))
+    for path in records.files(HERE):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(path.name)
     detectors = {
         name: ranking.with_means(
             {
-                column: {"fpr95": value - 1 if kind == "near" else value + 1, "auroc": 100 - value}
+                column: dict.fromkeys(METRICS, 100 - value)
+                | {"fpr95": value - 1 if kind == "near" else value + 1}
                 for column, kind in kinds.items()
             },
             kinds,
         )
         for name, value in fpr95.items()
     }
-    quality = {"unpruned": {"accuracy": 97.5}, "opnp+react": {"accuracy": 97.0}}
-    write_json(workspace.METRICS, {"detectors": detectors, "id": quality})
+    quality = {"accuracy": 97.5, "ece": 1.0, "nll": 0.1}
+    heads = dict.fromkeys(("unpruned", "opnp"), quality) | {"opnp+react": {"accuracy": 97.0}}
+    write_json(HERE.metrics, {"detectors": detectors, "id": heads})
+    entry = {"role": "train", "source": "digits", "count": 1, "classes": {}, "sha256": "d"}
+    data = {"parameters": data_parameters(of), "classes": ["0", "1"], "sets": {"train": entry}}
+    write_json(HERE.manifest, data)
+    HERE.images("train").write_text("images")
+    sha256 = write_backbone(HERE, ["0", "1"])
+    write_json(HERE.training, {**TRAINING, "sha256": sha256})
+    write_csv(HERE.history, ["epoch", "loss", "train_accuracy", "validation_accuracy"], [])
+    choice: dict[str, Any] = dict.fromkeys((*CANDIDATE, *SETTING, *CHOICE, "interval"), 0)
+    choice |= {"interval": {"low": 0, "high": 2}, "fpr95": 1, "auroc": 2, "accuracy": 3}
+    choice |= {"pruned": 4}
     write_json(
-        workspace.EVALUATION,
+        HERE.search,
         {
-            "hyperparameters": {name: {"gamma": 0.1} for name in detectors},
-            "trials": dict.fromkeys(detectors, 4),
-            "pruned": {name: pruned for name in detectors if name.startswith("opnp")},
-            "ranks": ranking.ranks(detectors, list(kinds)),
-            "unavailable": {"odin": "It needs gradients of the input."},
+            **dict.fromkeys(("unpruned", *METHODS), choice),
+            **dict.fromkeys(COUNTS, 10),
+            "backbone": sha256,
+            "parameters": of.search.model_dump(),
+            "proxies": [],
+            "outliers": [],
         },
     )
-    write_json(workspace.TRAINING, {"train_accuracy": 99, "validation_accuracy": 98, "sha256": "b"})
-    found = {"fpr95": 1, "auroc": 2, "accuracy": 3, "pruned": 4}
-    write_json(workspace.SEARCH, {"opnp": found})
-    entry = {"role": "train", "source": "digits", "count": 1, "classes": {}, "sha256": "d"}
-    write_json(workspace.MANIFEST, {"parameters": {}, "classes": [], "sets": {"train": entry}})
-    (workspace.DATA / "train.parquet").write_text("images")
+    tuned: dict[str, dict[str, Any]] = {name: {"gamma": 0.1} for name in detectors}
+    if "opnp" in tuned:
+        tuned["opnp"] |= dict.fromkeys(CANDIDATE, 0)
+    write_json(
+        HERE.evaluation,
+        {
+            "hyperparameters": tuned,
+            "trials": dict.fromkeys(detectors, 4),
+            "ranks": ranking.ranks(detectors, list(kinds)),
+            "pruned": {name: pruned for name in detectors if ours(name)},
+            "unavailable": {"odin": "It needs gradients of the input."},
+            "oracle": {},
+            "sets": {name: {"kind": kind, "count": 5} for name, kind in kinds.items()},
+            "id_test_samples": 5,
+        },
+    )
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +131,7 @@ def mlflow_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("mlflow")
     with chdir(folder):
-        MlflowClient(mlflow_client.tracking_uri()).search_experiments()
+        MlflowClient(mlflow_client.tracking_uri(HERE)).search_experiments()
     return folder / "mlflow.db"
 
 
@@ -102,7 +149,7 @@ def logged() -> tuple[Any, dict[str, Any]]:
     """The one run of the pipeline in MLflow, and its children by name."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(mlflow_client.tracking_uri())
+    client = MlflowClient(mlflow_client.tracking_uri(HERE))
     experiment = client.get_experiment_by_name("opnp")
     assert experiment
     runs = client.search_runs([experiment.experiment_id])
@@ -116,10 +163,10 @@ def logged() -> tuple[Any, dict[str, Any]]:
 
 
 def test_a_run_and_each_of_its_detectors(here: Path) -> None:
-    write_run(DETECTORS)
-    write_json(workspace.TIMES, {"opnp+gen": {"tune": 1.5, "fit": 0.5, "score": 2.5}})
-    records.record_run(chosen(), {"train": 9.0})
-    assert not records.waiting()
+    written = write_run(DETECTORS)
+    write_json(HERE.times, {"opnp+gen": {"tune": 1.5, "fit": 0.5, "score": 2.5}})
+    records.record_run(written, {"train": 9.0})
+    assert not records.waiting(HERE)
     run, children = logged()
     assert run.info.status == "FINISHED"
     assert run.data.metrics["opnp/mean/fpr95"] == 30
@@ -132,7 +179,10 @@ def test_a_run_and_each_of_its_detectors(here: Path) -> None:
     assert child.data.params == {
         "gamma": "0.1", "detector": "opnp+gen", "backbone": "resnet", "data": "digits", "seed": "0",
     }  # fmt: skip
+    columns = ("near-a", "far-b", "near", "far", "mean")
+    others = [metric for metric in METRICS if metric not in ("fpr95", "auroc")]
     assert child.data.metrics == {
+        **{f"{column}/{metric}": 80 for column in columns for metric in others},
         "near-a/fpr95": 19, "near-a/auroc": 80, "near-a/rank": 1,
         "far-b/fpr95": 21, "far-b/auroc": 80, "far-b/rank": 1,
         "near/fpr95": 19, "near/auroc": 80, "far/fpr95": 21, "far/auroc": 80,
@@ -145,32 +195,33 @@ def test_a_run_and_each_of_its_detectors(here: Path) -> None:
 def test_a_detector_joins_the_latest_run_that_trained_its_backbone(here: Path) -> None:
     from mlflow import MlflowClient
 
-    write_run(DETECTORS)
-    records.record_run(chosen(), {"train": 9.0})
+    written = write_run(DETECTORS)
+    records.record_run(written, {"train": 9.0})
     first, _ = logged()
-    client = MlflowClient(mlflow_client.tracking_uri())
+    sha256 = written.backbone_stated.sha256
+    client = MlflowClient(mlflow_client.tracking_uri(HERE))
     experiment = mlflow_client.experiment_id(client)
-    assert models.run_of(client, experiment, "b") == first.info.run_id  # no child of it
+    assert models.run_of(client, experiment, sha256) == first.info.run_id  # no child of it
     assert models.run_of(client, experiment, "c") is None
     assert models.run_of(client, experiment, None) is None
-    records.record_run(chosen(), {"search": 1.0})
-    assert models.run_of(client, experiment, "b") not in (first.info.run_id, None)
+    records.record_run(written, {"search": 1.0})
+    assert models.run_of(client, experiment, sha256) not in (first.info.run_id, None)
 
 
 def test_files_and_times_are_kept_with_the_run(here: Path) -> None:
     from mlflow import MlflowClient
 
-    write_run(DETECTORS)
-    write_json(workspace.TIMES, {})
-    records.record_run(chosen(), {})
+    written = write_run(DETECTORS)
+    write_json(HERE.times, {})
+    records.record_run(written, {})
     run, _ = logged()
-    files = MlflowClient(mlflow_client.tracking_uri()).list_artifacts(run.info.run_id)
-    assert {path.name for path in (*records.FILES, workspace.TIMES)} == {f.path for f in files}
+    files = MlflowClient(mlflow_client.tracking_uri(HERE)).list_artifacts(run.info.run_id)
+    assert {path.name for path in records.files(HERE)} == {f.path for f in files}
 
 
 def test_a_detector_that_could_not_run_says_why(here: Path) -> None:
-    write_run(DETECTORS)
-    records.record_run(chosen(), {})
+    written = write_run(DETECTORS)
+    records.record_run(written, {})
     _, children = logged()
     child = children["odin"]
     assert child.info.status == "FINISHED"
@@ -191,7 +242,7 @@ def test_interrupted_logging_is_completed_and_nothing_doubled(
     """The line is cut after the given call of a kind has come through."""
     from mlflow import MlflowClient
 
-    write_run(DETECTORS)
+    written = write_run(DETECTORS)
     real, calls = getattr(MlflowClient, step), 0
 
     def cut(*args: Any, **kwargs: Any) -> Any:
@@ -204,11 +255,11 @@ def test_interrupted_logging_is_completed_and_nothing_doubled(
 
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, step, cut)
-        records.record_run(chosen(), {})
+        records.record_run(written, {})
     assert calls == number
-    assert len(records.waiting()) == 1
-    records.log_or_wait()
-    assert not records.waiting()
+    assert len(records.waiting(HERE)) == 1
+    records.log_or_wait(HERE)
+    assert not records.waiting(HERE)
     run, children = logged()
     assert {run.info.status, *(child.info.status for child in children.values())} == {"FINISHED"}
     assert set(children) == {*DETECTORS, "odin"}
@@ -218,25 +269,25 @@ def test_interrupted_logging_is_completed_and_nothing_doubled(
 def test_a_run_that_is_half_logged_is_not_read(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlflow import MlflowClient
 
-    write_run(DETECTORS)
-    records.record_run(chosen(), {})
+    written = write_run(DETECTORS)
+    records.record_run(written, {})
 
     def cut(*_: Any) -> None:
         raise ConnectionError("the line is cut")
 
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "log_artifact", cut)
-        records.record_run(chosen(seed=1), {})
-    assert {run.seed for run in history.detector_runs("opnp")} == {0}
+        records.record_run(write_run(DETECTORS, chosen(seed=1)), {})
+    assert {run.seed for run in history.detector_runs(HERE, "opnp")} == {0}
 
 
 def test_long_values_are_cut_to_what_mlflow_takes(here: Path) -> None:
-    write_run(DETECTORS)
-    evaluation = json.loads(workspace.EVALUATION.read_text())
-    evaluation["hyperparameters"]["opnp"] = {"many": list(range(5000))}
+    written = write_run(DETECTORS)
+    evaluation = json.loads(HERE.evaluation.read_text())
+    evaluation["hyperparameters"]["opnp"]["many"] = list(range(5000))
     evaluation["unavailable"]["odin"] = "why " * 5000
-    write_json(workspace.EVALUATION, evaluation)
-    records.record_run(chosen(), {})
+    write_json(HERE.evaluation, evaluation)
+    records.record_run(written, {})
     _, children = logged()
     assert children["opnp"].data.params["many"].startswith("[0, 1, 2")
     assert children["odin"].data.tags["unavailable"].startswith("why why")
@@ -245,8 +296,8 @@ def test_long_values_are_cut_to_what_mlflow_takes(here: Path) -> None:
 def test_more_metrics_than_a_request_holds(here: Path) -> None:
     kinds = {f"set-{i}": "near" if i < 3 else "far" for i in range(9)}
     detectors = {f"opnp+{i}": 20.0 + i for i in range(40)}
-    write_run(detectors, kinds)
-    records.record_run(chosen(), {})
+    written = write_run(detectors, kinds=kinds)
+    records.record_run(written, {})
     run, children = logged()
     assert len(run.data.metrics) > 40 * 12 * 2 > mlflow_client.METRICS_AT_ONCE
     assert set(children) == {*detectors, "odin"}
@@ -257,8 +308,8 @@ def test_a_run_that_dies_while_it_is_recorded_is_logged_once(
     here: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """Before and after its record is whole, and after it was logged."""
-    write_run(DETECTORS)
-    records.begin()
+    written = write_run(DETECTORS)
+    records.begin(HERE)
     module: Any = records if moment == "write_json" else shutil
 
     def die(*_: Any) -> None:
@@ -267,13 +318,13 @@ def test_a_run_that_dies_while_it_is_recorded_is_logged_once(
     with monkeypatch.context() as patch:
         patch.setattr(module, moment, die)
         with pytest.raises(KeyboardInterrupt):
-            records.record_run(chosen(), {})
-    assert records.begun() == (moment != "rmtree")
-    if records.begun():
-        records.stash(chosen(), {})
-    records.log_or_wait()
-    assert not records.waiting()
-    assert not records.begun()
+            records.record_run(written, {})
+    assert records.begun(HERE) == (moment != "rmtree")
+    if records.begun(HERE):
+        records.stash(written, {})
+    records.log_or_wait(HERE)
+    assert not records.waiting(HERE)
+    assert not records.begun(HERE)
     logged()
 
 
@@ -324,7 +375,7 @@ def test_a_run_whose_server_dies_while_it_is_logged_is_logged_once(
         port = free.getsockname()[1]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{port}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    write_run(DETECTORS)
+    written = write_run(DETECTORS)
     real, calls = MlflowClient.log_batch, 0
     with served(here, port) as server:
 
@@ -337,18 +388,18 @@ def test_a_run_whose_server_dies_while_it_is_logged_is_logged_once(
 
         with monkeypatch.context() as patch:
             patch.setattr(MlflowClient, "log_batch", killing)
-            records.record_run(chosen(), {})
+            records.record_run(written, {})
         told = capsys.readouterr().err
         assert "could not be reached" in told
         assert told.count("\n") == 1
-        assert len(records.waiting()) == 1
-        records.record_run(chosen(seed=1), {})  # while it is down
-        assert len(records.waiting()) == 2
+        assert len(records.waiting(HERE)) == 1
+        records.record_run(write_run(DETECTORS, chosen(seed=1)), {})  # while it is down
+        assert len(records.waiting(HERE)) == 2
     with served(here, port):
         for _ in range(2):
-            records.log_or_wait()
-            assert not records.waiting()
-            runs = history.detector_runs("opnp")
+            records.log_or_wait(HERE)
+            assert not records.waiting(HERE)
+            runs = history.detector_runs(HERE, "opnp")
             assert sorted((run.seed, run.detector) for run in runs) == [
                 (seed, name) for seed in (0, 1) for name in sorted([*DETECTORS, "odin"])
             ]

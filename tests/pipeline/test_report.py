@@ -17,22 +17,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from opnp import workspace
 from opnp.detectors.names import detector_name
 from opnp.errors import InputError
 from opnp.metrics import ranking, separation
 from opnp.pipeline.parameters import Parameters
+from opnp.pipeline.report.findings import Evaluation, Pruning
 from opnp.pipeline.report.page import render
 from opnp.pipeline.report.plots import roc_styles as shown_in_roc
 from opnp.pipeline.report.plots import tradeoff
-from opnp.pipeline.report.reading import CANDIDATE, read_evaluation, read_pruning
 from opnp.pipeline.report.tables import best, heat_maps
+from opnp.pipeline.results import Run
+from opnp.pipeline.results.data import data_parameters
+from opnp.pipeline.results.search import CANDIDATE
 from opnp.pruning.energy import energy_score, linear_head
 from opnp.pruning.masks import PruningMask
 from opnp.runtime import tensors
 from opnp.runtime.files import digest, read_json, write_json
+from tests.conftest import HERE
+from tests.helpers.runs import write_backbone
 
-BACKBONE = "b" * 64
 DETECTORS = ["msp", "energy", "opp", "opnp"]
 MORE = [*DETECTORS, "vim", "opnp+gen", "odin"]  # of which the last could not run
 KINDS = {"near-a": "near", "far-b": "far"}
@@ -59,6 +62,16 @@ def parameters(detectors: list[str] = DETECTORS, drop: float = 100.0) -> Paramet
     )  # fmt: skip
 
 
+def drawn(chosen: Parameters | None = None) -> str:
+    """The page of the run in the current folder."""
+    return render(run_of(chosen))
+
+
+def run_of(chosen: Parameters | None = None) -> Run:
+    """The run in the current folder, with parameters that differ in what it was made with."""
+    return Run(HERE, chosen or parameters())
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The artifacts of a small run."""
@@ -66,8 +79,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = torch.Generator().manual_seed(0)
     head = linear_head(torch.randn(3, 10, generator=rng), torch.zeros(3))
     with chdir(folder):
-        write_backbone()
-        write_pruning(rng)
+        sha256 = write_backbone(HERE, ["0", "1", "2"])
+        write_data_and_training(sha256)
+        write_pruning(sha256, rng)
         write_evaluation(head, rng)
     return folder
 
@@ -76,7 +90,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page(built: Path) -> str:
     """What is drawn of it; drawing takes seconds, so that tests share it."""
     with chdir(built):
-        return render(parameters(MORE))
+        return drawn(parameters(MORE))
 
 
 @pytest.fixture
@@ -111,37 +125,42 @@ def write_parquet(path: Path, table: pa.Table) -> None:
     pq.write_table(table, path)
 
 
-def write_backbone() -> None:
+def write_data_and_training(backbone: str) -> None:
     sets = {
         name: {"role": "test", "source": "x", "count": 50, "classes": {}, "sha256": "d" * 64}
         for name in ("train", "validation", "test", "ood/near-a", "ood/far-b")
     }
-    write_json(workspace.MANIFEST, {"parameters": {}, "classes": ["0", "1", "2"], "sets": sets})
+    fetched = data_parameters(parameters())
+    write_json(HERE.manifest, {"parameters": fetched, "classes": ["0", "1", "2"], "sets": sets})
+    for name in sets:
+        HERE.images(name).parent.mkdir(exist_ok=True)
+        HERE.images(name).touch()
     record = {
         "train_accuracy": 99.0, "validation_accuracy": 98.0, "parameters": 33, "features": 10,
-        "classes": 3, "checkpoint": None, "sha256": BACKBONE,
+        "classes": 3, "checkpoint": None, "sha256": backbone,
     }  # fmt: skip
-    write_json(workspace.TRAINING, record)
+    write_json(HERE.training, record)
     columns = ["epoch", "loss", "train_accuracy", "validation_accuracy"]
     rows = [dict(zip(columns, (epoch, 1 / epoch, 90.0, 80.0), strict=True)) for epoch in (1, 2)]
-    write_csv(workspace.HISTORY, columns, rows)
+    write_csv(HERE.history, columns, rows)
 
 
-def write_pruning(rng: torch.Generator) -> None:
+def write_pruning(backbone: str, rng: torch.Generator) -> None:
     """Every candidate of the grid, without clipping and with, and what might be chosen of them."""
     alive = torch.arange(10) > 1
     measured = {"weights": alive * torch.rand(3, 10, generator=rng).double()}
     for kind in ("mean", "gradient", "taylor"):
         measured[f"neurons_{kind}"] = alive * torch.rand(10, generator=rng).double()
-    owner = {"backbone": BACKBONE}
+    owner = {"backbone": backbone}
     halves = {f"0/{half}/{name}": 30 * m for half in (0, 1) for name, m in measured.items()}
     settings = [{"clip": None, "threshold": None, "temperature": 1.0}]
     about = {**owner, "settings": settings, "counts": [30, 30]}
-    tensors.save(workspace.SENSITIVITY, halves, about)
+    tensors.save(HERE.sensitivity, halves, about)
+    write_json(HERE.clips, {})
     mask = PruningMask.from_sensitivity(
         measured["weights"], measured["neurons_taylor"], (10, 5), (20, 10)
     )
-    mask.save(workspace.MASK, owner)
+    mask.save(HERE.mask, owner)
     trials: list[dict[str, Any]] = []
     for *values, clip in product(*(GRID[key] for key in CANDIDATE), (None, 90.0)):
         fpr95, cost = torch.rand(2, generator=rng).tolist()
@@ -152,7 +171,7 @@ def write_pruning(rng: torch.Generator) -> None:
             | {"fpr95": 60 - 40 * fpr95, "auroc": 80.0, "pruned": 5.0}
             | {"accuracy": 98.0 if first else 98 - 2 * cost}
         )
-    write_parquet(workspace.TRIALS, pa.Table.from_pylist(trials))
+    write_parquet(HERE.trials, pa.Table.from_pylist(trials))
     noise = {"interval": {"low": 31.25, "high": 44.75}, "within_noise": 17, "instability": 0.625}
     chosen = {
         "opp": (10, 0, 0, 0, "mean", None),
@@ -165,9 +184,11 @@ def write_pruning(rng: torch.Generator) -> None:
         (trial,) = (t for t in trials if tuple(t[key] for key in (*CANDIDATE, "clip")) == wanted)
         found[method] = {**trial, **noise}
     write_json(
-        workspace.SEARCH,
+        HERE.search,
         {
             **found,
+            **owner,
+            "parameters": parameters().search.model_dump(),
             "candidates": len(trials),
             "proxies": ["uniform", "blobs"],
             "outliers": [],
@@ -180,8 +201,8 @@ def write_pruning(rng: torch.Generator) -> None:
 def write_evaluation(head: torch.nn.Linear, rng: torch.Generator) -> None:
     sizes = {"test": (80, 3), "near-a": (50, 2), "far-b": (50, 1)}
     sets = {name: features(n, scale, rng) for name, (n, scale) in sizes.items()}
-    search = read_json(workspace.SEARCH, "")
-    pruned = PruningMask.load(workspace.MASK).apply(head)
+    search = read_json(HERE.search)
+    pruned = PruningMask.load(HERE.mask).apply(head)
     with torch.no_grad():
         scores = {"msp": {s: -head(h).softmax(1).amax(1).double() for s, h in sets.items()}}
         heads = {"energy": head, "opp": head, "opnp": pruned, "opnp+gen": pruned}
@@ -200,13 +221,13 @@ def write_evaluation(head: torch.nn.Linear, rng: torch.Generator) -> None:
         }
     quality = {"accuracy": 97.5, "ece": 1.25, "nll": 0.1234}
     calibration = dict.fromkeys(("unpruned", "opp", "opnp"), quality)
-    write_json(workspace.METRICS, {"detectors": table, "id": calibration})
+    write_json(HERE.metrics, {"detectors": table, "id": calibration})
     about = {name: {"low": value - 0.1, "high": value + 0.1} for name, value in quality.items()}
     id_intervals = dict.fromkeys(calibration, about)
-    write_json(workspace.INTERVALS, {"detectors": intervals, "id": id_intervals})
+    write_json(HERE.intervals, {"detectors": intervals, "id": id_intervals})
     mask = {key: search["opnp"][key] for key in CANDIDATE}
     write_json(
-        workspace.EVALUATION,
+        HERE.evaluation,
         {
             "hyperparameters": {
                 "msp": {},
@@ -230,7 +251,7 @@ def write_evaluation(head: torch.nn.Linear, rng: torch.Generator) -> None:
     )
     columns: dict[str, Any] = {"set": [s for s, h in sets.items() for _ in h]}
     columns |= {name: torch.cat(list(by_set.values())).numpy() for name, by_set in scores.items()}
-    write_parquet(workspace.SCORES, pa.table(columns))
+    write_parquet(HERE.scores, pa.table(columns))
     fpr = np.linspace(0, 1, 101)
     curves = {
         name: np.mean([separation.tpr_at_fpr(of["test"], of[s], fpr) for s in KINDS], axis=0)
@@ -240,7 +261,7 @@ def write_evaluation(head: torch.nn.Linear, rng: torch.Generator) -> None:
         {"fpr": 100 * at, **{name: 100 * float(curve[i]) for name, curve in curves.items()}}
         for i, at in enumerate(fpr.tolist())
     ]
-    write_csv(workspace.ROC, ["fpr", *curves], rows)
+    write_csv(HERE.roc, ["fpr", *curves], rows)
 
 
 def test_page_needs_nothing_else(page: str) -> None:
@@ -279,7 +300,7 @@ def rows_of(page: str, caption: str) -> dict[str, list[str]]:
 def test_tables_hold_the_metrics_and_the_best_is_bold(
     page: str, metric: str, choose_best: Any
 ) -> None:
-    table = read_json(workspace.METRICS, "")["detectors"]
+    table = read_json(HERE.metrics)["detectors"]
     ranks = ranking.ranks(table, list(KINDS), metric)
     order = ranking.ranked(table, ranks, metric)
     rows = rows_of(page, f"{metric.upper()} in percent")
@@ -307,10 +328,10 @@ def test_rows_that_prune_by_sensitivity_are_marked(page: str) -> None:
 @pytest.mark.usefixtures("run")
 def test_what_might_prune_but_did_not_is_not_shown_as_ours(page: str) -> None:
     assert "nothing pruned" not in page
-    evaluation = read_json(workspace.EVALUATION, "")
+    evaluation = read_json(HERE.evaluation)
     evaluation["pruned"] |= {"opp": 0.0, "opnp+gen": 0.0}
-    write_json(workspace.EVALUATION, evaluation)
-    changed = render(parameters(MORE))
+    write_json(HERE.evaluation, evaluation)
+    changed = drawn(parameters(MORE))
     for table in ("FPR95 in percent", "AUROC in percent", "Means over the OOD sets"):
         names = set(rows_of(changed, table))
         assert {"OPP (nothing pruned)", "OPNP+GEN (nothing pruned)", "OPNP", "ViM"} <= names
@@ -318,7 +339,7 @@ def test_what_might_prune_but_did_not_is_not_shown_as_ours(page: str) -> None:
     marked = re.findall(r'<tr class="ours">\s*<th scope="row">(.*?)</th>', changed)
     assert set(marked) == {"OPNP"}
     assert "“Nothing pruned”: no mask did better" in changed
-    styles = shown_in_roc(read_evaluation(parameters(MORE), read_pruning(BACKBONE)))
+    styles = shown_in_roc(Evaluation.of(run_of(parameters(MORE))))
     assert "opnp+gen" not in styles
 
 
@@ -330,10 +351,19 @@ def test_what_could_not_run_is_named_with_its_reason(page: str) -> None:
 @pytest.mark.usefixtures("run")
 def test_times_are_shown_where_they_were_measured(page: str) -> None:
     assert "ms per 1,000" not in page
-    write_json(workspace.TIMES, {"opnp": {"tune": 9.0, "fit": 1.234, "score": 56.78}})
-    rows = rows_of(render(parameters()), "FPR95 in percent")
+    write_json(HERE.times, {"opnp": {"tune": 9.0, "fit": 1.234, "score": 56.78}})
+    rows = rows_of(drawn(), "FPR95 in percent")
     assert rows["OPNP"][-2:] == ["1.23", "56.8"]
     assert rows["Energy"][-2:] == ["–", "–"]
+
+
+@pytest.mark.usefixtures("run")
+@pytest.mark.parametrize("content", ["{", "[]", '{"opnp": {"tune": 9.0}}', '{"opnp": 1}'])
+def test_no_report_depends_on_times(content: str) -> None:
+    """As `search`, run again, or a crash may leave them."""
+    HERE.logs.mkdir()
+    HERE.times.write_text(content)
+    assert "ms per 1,000" not in drawn()
 
 
 def test_the_search_shows_what_it_chose_and_how_certainly(page: str) -> None:
@@ -359,13 +389,13 @@ def test_the_terminal_shows_what_fits(
     from flows.pipeline import summarize
 
     monkeypatch.setenv("COLUMNS", str(width))
-    summarize()
+    summarize(run_of(parameters(MORE)))
     head, *rest = capsys.readouterr().out.split("not compared: ")
     assert max(map(len, head.splitlines())) <= width
     assert ("near-a" in head) == sets
     rows = [line.split() for line in head.splitlines() if "%" not in line]
     order = [row[0] for row in rows if row and row[0] in MORE]
-    evaluation = read_json(workspace.EVALUATION, "")
+    evaluation = read_json(HERE.evaluation)
     places = [evaluation["ranks"][name]["mean"] for name in order]
     assert len(places) == len(MORE) - 1
     assert places == sorted(places)
@@ -374,7 +404,7 @@ def test_the_terminal_shows_what_fits(
 
 @pytest.mark.usefixtures("in_run")
 def test_candidates_that_cost_too_much_are_counted() -> None:
-    pruning = read_pruning(BACKBONE)
+    pruning = Pruning.of(run_of())
     assert "left out" not in tradeoff(parameters(), pruning).caption
     accuracy = pruning.trials["accuracy"].copy()
     accuracy[3:5] = accuracy[0] - 9
@@ -388,21 +418,21 @@ def test_candidates_that_cost_too_much_are_counted() -> None:
 
 @pytest.mark.usefixtures("run")
 def test_real_validation_sets_are_named() -> None:
-    record = read_json(workspace.SEARCH, "")
-    write_json(workspace.SEARCH, record | {"outliers": ["kept-c"]})
-    page = render(parameters())
+    record = read_json(HERE.search)
+    write_json(HERE.search, record | {"outliers": ["kept-c"]})
+    page = drawn()
     assert "These OOD sets, kept for validation, took part: kept-c." in page
     assert "Chosen on the proxy outliers and the OOD sets for validation<" in page
     assert "no real OOD" not in page
-    write_json(workspace.SEARCH, record | {"outliers": ["kept-c"], "proxies": []})
-    page = render(parameters())
+    write_json(HERE.search, record | {"outliers": ["kept-c"], "proxies": []})
+    page = drawn()
     assert "Chosen on the OOD sets for validation<" in page
     assert "proxy outliers" not in page
 
 
 @pytest.mark.usefixtures("in_run")
 def test_roc_shows_a_few_that_can_be_told_apart() -> None:
-    evaluation = read_evaluation(parameters(MORE), read_pruning(BACKBONE))
+    evaluation = Evaluation.of(run_of(parameters(MORE)))
     order = ranking.ranked(evaluation.table, evaluation.ranks)
     others = [name for name in order if name in ("msp", "vim")]
     styles = shown_in_roc(evaluation)
@@ -412,20 +442,20 @@ def test_roc_shows_a_few_that_can_be_told_apart() -> None:
 
 @pytest.mark.usefixtures("run")
 def test_ties_are_all_bold() -> None:
-    record = read_json(workspace.METRICS, "")
+    record = read_json(HERE.metrics)
     for name, fpr95 in (("energy", 14.04), ("opnp", 13.96)):
         record["detectors"][name]["mean"]["fpr95"] = fpr95
-    write_json(workspace.METRICS, record)
-    evaluation = read_evaluation(parameters(["energy", "opnp"]), read_pruning(BACKBONE))
+    write_json(HERE.metrics, record)
+    evaluation = Evaluation.of(run_of(parameters(["energy", "opnp"])))
     assert best(evaluation, "fpr95")["mean"] == "14.0"  # as either of them is shown
-    page = render(parameters(["energy", "opnp"]))
+    page = drawn(parameters(["energy", "opnp"]))
     rows = rows_of(page, "FPR95 in percent")
     assert {cells[0].split()[0] for cells in rows.values()} == {"<b>14.0</b>"}
 
 
 @pytest.mark.usefixtures("in_run")
 def test_mean_has_its_interval(page: str) -> None:
-    interval = read_json(workspace.INTERVALS, "")["detectors"]["opnp"]["mean"]["fpr95"]
+    interval = read_json(HERE.intervals)["detectors"]["opnp"]["mean"]["fpr95"]
     assert f"({interval['low']:.1f}–{interval['high']:.1f})" in page
     assert "97.50 <small>(97.4–97.6)</small>" in page
 
@@ -433,12 +463,18 @@ def test_mean_has_its_interval(page: str) -> None:
 @pytest.mark.usefixtures("in_run")
 def test_outcome_and_provenance(page: str) -> None:
     page = page.replace("\N{NO-BREAK SPACE}", " ")
-    table = read_json(workspace.METRICS, "")["detectors"]
+    table = read_json(HERE.metrics)["detectors"]
     before, after = (f"{table[name]['mean']['fpr95']:.1f} %" for name in ("energy", "opnp"))
     assert f"from {before} (Energy) to {after} (OPNP)" in page
     assert "ID test accuracy stayed at 97.5 %" in page
-    assert f"{100 * PruningMask.load(workspace.MASK).pruned:.1f} % of the head’s weights" in page
-    for text in (BACKBONE, "d" * 64, digest(workspace.MASK), "bootstrap: 20", "near-a: letters"):
+    assert f"{100 * PruningMask.load(HERE.mask).pruned:.1f} % of the head’s weights" in page
+    for text in (
+        digest(HERE.backbone),
+        "d" * 64,
+        digest(HERE.mask),
+        "bootstrap: 20",
+        "near-a: letters",
+    ):
         assert text in page
 
 
@@ -449,8 +485,8 @@ def test_exact_zeros_are_counted(page: str) -> None:
 
 @pytest.mark.usefixtures("in_run")
 def test_heat_maps_show_the_least_of_the_accurate_trials() -> None:
-    pruning = read_pruning(BACKBONE)
-    trials = pq.read_table(workspace.TRIALS).to_pylist()
+    pruning = Pruning.of(run_of())
+    trials = pq.read_table(HERE.trials).to_pylist()
     for drop in (0.0, 100.0):
         maps = heat_maps(parameters(drop=drop), pruning)
         assert [(m.kind, m.what) for m in maps] == [
@@ -481,15 +517,15 @@ def test_chosen_cell_is_outlined_once_in_each_kind_of_map(page: str) -> None:
 @pytest.mark.usefixtures("in_run")
 def test_same_bits_again_whatever_the_settings_of_matplotlib(page: str) -> None:
     with matplotlib.rc_context({"font.size": 30.0, "lines.linewidth": 9.0}):
-        assert render(parameters(MORE)) == page
+        assert drawn(parameters(MORE)) == page
         assert matplotlib.rcParams["font.size"] == 30
 
 
 @pytest.mark.usefixtures("run")
 def test_empty_history() -> None:
     columns = ["epoch", "loss", "train_accuracy", "validation_accuracy"]
-    write_csv(workspace.HISTORY, columns, [])
-    page = render(parameters(["msp"]))
+    write_csv(HERE.history, columns, [])
+    page = drawn(parameters(["msp"]))
     assert "loaded from a checkpoint" in page
     assert "Training loss" not in page
 
@@ -504,35 +540,36 @@ def test_empty_history() -> None:
     ],
 )
 def test_detectors_may_be_missing(detectors: list[str], said: str) -> None:
-    page = render(parameters(detectors))
+    page = drawn(parameters(detectors))
     assert said in page
     assert len(rows_of(page, "FPR95 in percent")) == len(detectors)
 
 
 @pytest.mark.usefixtures("run")
 def test_only_near_sets() -> None:
-    record = read_json(workspace.EVALUATION, "")
+    record = read_json(HERE.evaluation)
     del record["sets"]["far-b"]
-    write_json(workspace.EVALUATION, record)
-    page = render(parameters(["msp"]))
+    write_json(HERE.evaluation, record)
+    page = drawn(parameters(["msp"]))
     assert "near OOD" in page
     assert "far OOD" not in page
 
 
 READ = {
-    workspace.MANIFEST: "fetch",
-    workspace.TRAINING: "train",
-    workspace.HISTORY: "train",
-    workspace.SENSITIVITY: "sensitivity",
-    workspace.MASK: "search",
-    workspace.SEARCH: "search",
-    workspace.TRIALS: "search",
-    workspace.METRICS: "evaluate",
-    workspace.INTERVALS: "evaluate",
-    workspace.EVALUATION: "evaluate",
-    workspace.SCORES: "evaluate",
-    workspace.ROC: "evaluate",
-    workspace.TIMES: "evaluate",
+    HERE.manifest: "fetch",
+    HERE.backbone: "train",
+    HERE.training: "train",
+    HERE.history: "train",
+    HERE.clips: "sensitivity",
+    HERE.sensitivity: "sensitivity",
+    HERE.mask: "search",
+    HERE.search: "search",
+    HERE.trials: "search",
+    HERE.metrics: "evaluate",
+    HERE.intervals: "evaluate",
+    HERE.evaluation: "evaluate",
+    HERE.scores: "evaluate",
+    HERE.roc: "evaluate",
 }
 
 
@@ -540,16 +577,14 @@ READ = {
 @pytest.mark.parametrize("content", [None, b"{}", b"epoch,fpr\n1,x\n", b"\xff\xfe"])
 @pytest.mark.parametrize("path", READ, ids=str)
 def test_missing_and_damaged_files_are_named(path: Path, content: bytes | None) -> None:
-    if path == workspace.TIMES:
-        path.parent.mkdir()
-        if content in (None, b"{}"):  # it may well be missing, and so may any detector in it
-            return
+    if path == HERE.clips and content == b"{}":
+        return  # as it is
     if content is None:
         path.unlink()
     else:
         path.write_bytes(content)
     with pytest.raises(InputError) as error:
-        render(parameters())
+        drawn()
     assert str(path) in str(error.value)
     assert error.value.about == f"stage:{READ[path]}"
     assert "\n" not in str(error.value)
@@ -557,30 +592,37 @@ def test_missing_and_damaged_files_are_named(path: Path, content: bytes | None) 
 
 @pytest.mark.usefixtures("run")
 def test_truncated_tables_are_named() -> None:
-    for path in (workspace.SENSITIVITY, workspace.TRIALS, workspace.SCORES):
+    for path in (HERE.sensitivity, HERE.trials, HERE.scores):
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(InputError, match=re.escape(str(path))):
-            render(parameters())
+            drawn()
         path.write_bytes(whole)
 
 
 @pytest.mark.usefixtures("run")
 def test_files_of_another_backbone_are_refused() -> None:
-    mask = PruningMask.load(workspace.MASK)
-    mask.save(workspace.MASK, {"backbone": "c" * 64})
-    with pytest.raises(InputError, match=re.escape(f"{workspace.MASK} is of another backbone")):
-        render(parameters())
-    record = read_json(workspace.TRAINING, "")
-    write_json(workspace.TRAINING, record | {"sha256": "c" * 64})
-    with pytest.raises(InputError, match=f"{workspace.SENSITIVITY} is of another backbone"):
-        render(parameters())
+    shown = [HERE.training, HERE.search, HERE.sensitivity, HERE.mask]
+    for path in shown:
+        whole = path.read_bytes()
+        if path.suffix == ".json":
+            key = "sha256" if path == HERE.training else "backbone"
+            write_json(path, read_json(path) | {key: "c" * 64})
+        else:
+            found, about = tensors.load(path)
+            tensors.save(path, found, about | {"backbone": "c" * 64})
+        with pytest.raises(InputError, match=f"{path} was made with another backbone"):
+            drawn()
+        path.write_bytes(whole)
+    write_backbone(HERE, ["another"])
+    with pytest.raises(InputError, match="was made with another backbone"):
+        drawn()
 
 
 @pytest.mark.usefixtures("run")
 def test_evaluation_of_another_mask_is_refused() -> None:
-    record = read_json(workspace.EVALUATION, "")
+    record = read_json(HERE.evaluation)
     record["hyperparameters"]["opnp"]["weights_low"] += 1
-    write_json(workspace.EVALUATION, record)
+    write_json(HERE.evaluation, record)
     with pytest.raises(InputError, match="another mask"):
-        render(parameters())
+        drawn()

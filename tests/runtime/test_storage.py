@@ -18,13 +18,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from opnp import workspace as artifacts
+from opnp.backbones.shards import Shard
 from opnp.data import imagesets
 from opnp.errors import InputError, UnavailableError
 from opnp.pipeline import parameters
+from opnp.pipeline.parameters import Parameters
 from opnp.runtime.files import digest
 from opnp.runtime.storage import Storage
-from tests.conftest import run_program, set_parameters
+from tests.conftest import HERE, run_program, set_parameters
 
 ROOT_KEYS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests"}
 
@@ -291,7 +292,7 @@ def test_a_storage_that_cannot_be_used_is_refused_in_one_sentence(
 
 
 def test_threads_share_no_storage(tmp_path: Path) -> None:
-    shutil.copy2(artifacts.PARAMETERS, tmp_path)
+    shutil.copy2(HERE.parameters, tmp_path)
     set_parameters(tmp_path, {"engine.storage": "s3://bucket/folder"})
     with pytest.raises(InputError, match=r"engine.*threads share one: set runner to processes"):
         parameters.load(tmp_path / "params.yaml")
@@ -312,12 +313,11 @@ def test_workers_without_a_shared_disk_make_the_same_bits(
     """Two processes, each in a folder of its own, which reach each other by S3 only."""
     from prefect.task_runners import ProcessPoolTaskRunner
 
-    from flows.features import feature_shard, features
-    from flows.sensitivity import sensitivity, sensitivity_shard
+    from flows.stages import features, sensitivity, shard
     from opnp.pipeline import stages
 
     monkeypatch.setenv("PREFECT_API_URL", prefect_api)
-    made = [Path("artifacts/features"), Path("artifacts/sensitivity")]
+    made = [HERE.features, HERE.sensitivity.parent]
     expected = [without_gitignore(folder) for folder in made]
     for folder in made:
         shutil.rmtree(folder)
@@ -325,55 +325,59 @@ def test_workers_without_a_shared_disk_make_the_same_bits(
     chosen, storage = parameters.load(), Storage(f"{bucket}/workers")
     for flow in (features, sensitivity):
         workers: Any = ProcessPoolTaskRunner(max_workers=2)
-        flow.with_options(task_runner=workers)(chosen)
+        flow.with_options(task_runner=workers)(HERE, chosen)
     assert [without_gitignore(folder) for folder in made] == expected
     assert not list(workspace.rglob("*.part"))
     there = objects(storage)
-    sets = {entry.sha256 for entry in imagesets.read_manifest().sets.values()}
+    sets = {entry.sha256 for entry in imagesets.read_manifest(HERE.data).sets.values()}
     wanted = sets | {digest(path) for path in Path("artifacts").glob("features/**/*.arrow")}
     assert {f"files/{sha256}" for sha256 in wanted} <= there.keys()
 
     # From here on this process is the worker, in a folder of its own too.
     from flows import transfer
 
-    inputs = transfer.put(chosen, artifacts.MANIFEST, artifacts.BACKBONE)
+    plan = stages.features.plan(HERE, chosen)
+    parts = [plan[0], next(each for each in plan if each.split.startswith("proxies/"))]
+    [inputs, _] = transfer.put(HERE, chosen, [stages.features.needed(HERE, p) for p in parts])
+    [train, *_] = stages.sensitivity.plan(HERE, chosen)
+    [common] = transfer.put(HERE, chosen, [stages.sensitivity.needed(HERE, train)])
     assert objects(storage) == there
-    plan = stages.features.plan(chosen)
-    chosen_shards = [plan[0], next(s for s in plan if s.split.startswith("proxies/"))]
-    for shard in chosen_shards:
-        assert feature_shard.fn(chosen, shard, inputs) == (False, digest(shard.path))
-    train = chosen_shards[0].path
-    sums = stages.sensitivity.sums_file(train)
-    common = transfer.put(chosen, artifacts.BACKBONE, artifacts.CLIPS, train)
-    assert sensitivity_shard.fn(chosen, train, common) == (False, digest(sums))
+
+    def computed(part: Shard, chosen: Parameters = chosen) -> tuple[bool, str]:
+        return shard.fn("features", HERE, chosen, part, inputs)
+
+    files = [stages.features.made(HERE, part) for part in parts]
+    sums = stages.sensitivity.made(HERE, train)
+    for part, file in zip(parts, files, strict=True):
+        assert computed(part) == (False, digest(file))
+    assert shard.fn("sensitivity", HERE, chosen, train, common) == (False, digest(sums))
     assert objects(storage) == there
 
     # What was damaged or deleted is made again, of the same bits; what is of other parameters, too.
-    before = [digest(shard.path) for shard in chosen_shards]
+    before = [digest(file) for file in files]
     damage(storage, before[0])
     damage(storage, digest(sums))
     storage.system.rm_file(f"{storage.root}/files/{before[1]}")
-    for shard, sha256 in zip(chosen_shards, before, strict=True):
-        assert feature_shard.fn(chosen, shard, inputs) == (True, sha256)
-        assert feature_shard.fn(chosen, shard, inputs) == (False, sha256)
-    assert sensitivity_shard.fn(chosen, train, common) == (True, digest(sums))
+    for part, sha256 in zip(parts, before, strict=True):
+        assert computed(part) == (True, sha256)
+        assert computed(part) == (False, sha256)
+    assert shard.fn("sensitivity", HERE, chosen, train, common) == (True, digest(sums))
     assert objects(storage) == there
-    train.unlink()
-    assert list(transfer.bring(chosen, [train], [(False, before[0])])) == [False]
-    assert digest(train) == before[0]
+    files[0].unlink()
+    assert list(transfer.bring(chosen, files[:1], [(False, before[0])])) == [False]
+    assert digest(files[0]) == before[0]
     set_parameters(workspace, {"features.dtype": "float16"})
-    computed, other = feature_shard.fn(parameters.load(), plan[0], inputs)
-    assert computed
+    anew, other = computed(plan[0], parameters.load())
+    assert anew
     assert other != before[0]
     assert objects(storage).keys() > there.keys()
-    assert Path.cwd() == workspace
 
     # A storage whose images are gone says so; nothing is computed from what is not there.
     storage.system.rm(f"{storage.root}/results", recursive=True)
-    images = imagesets.read_manifest().sets[plan[0].split].sha256
+    images = imagesets.read_manifest(HERE.data).sets[plan[0].split].sha256
     storage.system.rm_file(f"{storage.root}/files/{images}")
     with pytest.raises(InputError, match=f"{images} is missing"):
-        feature_shard.fn(chosen, plan[0], inputs)
+        computed(plan[0])
 
 
 def test_a_run_is_refused_before_any_work(
@@ -386,7 +390,7 @@ def test_a_run_is_refused_before_any_work(
     set_parameters(workspace, {"seed": 1, **storage})
     before = {path: path.stat().st_mtime_ns for path in workspace.glob("artifacts/**/*.*")}
     with pytest.raises(InputError, match=r"engine\.storage: s3://no-such-bucket/.* is missing"):
-        pipeline()
+        pipeline(HERE)
     assert {path: path.stat().st_mtime_ns for path in workspace.glob("artifacts/**/*.*")} == before
 
 

@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 
 from opnp.detectors.names import detector_name
 from opnp.metrics.separation import METRICS
-from opnp.pipeline.parameters import Parameters
+from opnp.pipeline.report.findings import Evaluation, Pruning
 from opnp.pipeline.report.plots import (
     STYLE,
     histograms,
@@ -19,23 +19,22 @@ from opnp.pipeline.report.plots import (
     tradeoff,
     training_curves,
 )
-from opnp.pipeline.report.reading import read_backbone, read_evaluation, read_hashes, read_pruning
 from opnp.pipeline.report.tables import best, comparison, heat_maps
 from opnp.pipeline.report.words import chosen_values, number, outcome, prunes, span
+from opnp.pipeline.results import Run
+from opnp.runtime.files import digest
 
 __all__ = ["render"]
 
 
-def render(parameters: Parameters) -> str:
-    """Draw the run in the current folder as one HTML page, the same bits for the same files.
+def render(run: Run) -> str:
+    """Draw a run as one HTML page, the same bits for the same files.
 
     Raises:
-        InputError: a file is missing, damaged or of another run; the sentence names it.
+        InputError: a file is missing, damaged, or made with something else.
     """
-    backbone = read_backbone()
-    pruning = read_pruning(backbone.record["sha256"])
-    evaluation = read_evaluation(parameters, pruning)
-    hashes, missing = read_hashes(backbone)
+    parameters, backbone = run.parameters, run.training
+    manifest, pruning, evaluation = run.manifest, Pruning.of(run), Evaluation.of(run)
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -70,8 +69,8 @@ def render(parameters: Parameters) -> str:
             curves=training_curves(backbone.history),
             # Without the engine, which does not affect what is shown.
             yaml=to_yaml(parameters.model_dump(mode="json", exclude={"engine"})),
-            hashes=hashes,
-            missing=missing,
+            hashes=hashes(run),
+            missing=manifest.missing,
         )
     return page.replace(" %", "\N{NO-BREAK SPACE}%")
 
@@ -82,3 +81,14 @@ def to_yaml(values: dict[str, Any]) -> str:
     yaml.default_flow_style, yaml.width = None, 10_000
     yaml.dump(values, text)
     return text.getvalue()
+
+
+def hashes(run: Run) -> dict[str, str]:
+    """SHA-256 of the files that the run was made from, and of those that it made."""
+    workspace, sets = run.workspace, run.manifest.sets
+    made = (workspace.sensitivity, workspace.mask)
+    return {
+        **{workspace.relative(workspace.images(name)): of.sha256 for name, of in sets.items()},
+        workspace.relative(workspace.backbone): run.backbone_stated.sha256,
+        **{workspace.relative(path): digest(path) for path in made},
+    }

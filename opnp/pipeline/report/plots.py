@@ -18,8 +18,10 @@ from opnp.detectors.names import detector_name, ours
 from opnp.metrics import ranking
 from opnp.metrics.separation import tpr_at_fpr
 from opnp.pipeline.parameters import Parameters
-from opnp.pipeline.report.reading import METHODS, Array, Evaluation, Pruning
+from opnp.pipeline.report.findings import Evaluation, Pruning
 from opnp.pipeline.report.words import number
+from opnp.pipeline.results.reading import Array
+from opnp.pruning.methods import METHODS
 
 # Okabe and Ito's colours, which differ for every kind of colour vision, but for their yellow, too
 # pale for a line on white. OPNP is dashed: it may equal ONP or OPP.

@@ -14,7 +14,7 @@ from opnp.detectors.names import detector_name, label
 from opnp.metrics import ranking
 from opnp.metrics.ranking import Intervals, Metrics, columns, ranked
 from opnp.pipeline.parameters import Parameters
-from opnp.pipeline.report.reading import Evaluation, Pruning
+from opnp.pipeline.report.findings import Evaluation, Pruning
 from opnp.pipeline.report.words import number
 
 __all__ = ["long_table", "to_markdown"]

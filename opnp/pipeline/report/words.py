@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from opnp.metrics import ranking
-from opnp.pipeline.report.reading import CANDIDATE, Evaluation, Pruning
+from opnp.pipeline.report.findings import Evaluation, Pruning
+from opnp.pipeline.results.search import CANDIDATE
 
 
 def number(value: float, digits: int = 1) -> str:

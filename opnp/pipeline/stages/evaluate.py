@@ -10,25 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from opnp import workspace
-from opnp.backbones.backbone import load_backbone
 from opnp.detectors import names
 from opnp.errors import InputError, UnavailableError
 from opnp.metrics import ranking
 from opnp.pipeline.parameters import Parameters
 from opnp.pipeline.report import tables
-from opnp.pipeline.stages import features, fetch, search, sensitivity
+from opnp.pipeline.results import Run
+from opnp.pipeline.results.times import add_times, read_times
 from opnp.pruning import methods
 from opnp.pruning.candidates import Candidate, candidate_record, candidates_of
 from opnp.pruning.table import Judge
 from opnp.runtime import devices
-from opnp.runtime.files import atomic, read_json, write_csv, write_json
+from opnp.runtime.files import atomic, write_csv, write_json
 from opnp.runtime.progress import track
 from opnp.runtime.tables import write_table
+from opnp.workspace import Workspace
 
 if TYPE_CHECKING:  # pytorch-ood takes seconds to import
     from opnp.detectors.base import Samples, TrainedModel
@@ -64,7 +63,7 @@ class Measured:
     ranks: dict[str, dict[str, float]]
 
 
-def run(parameters: Parameters) -> dict[str, Any]:
+def run(workspace: Workspace, parameters: Parameters) -> dict[str, Any]:
     """Tune every detector, score the test sets for the first time, and compare the detectors.
 
     Returns:
@@ -75,63 +74,58 @@ def run(parameters: Parameters) -> dict[str, Any]:
     """
     # ViM logs each time that it takes fewer dimensions because there are fewer.
     logging.getLogger("pytorch_ood").setLevel(logging.ERROR)
-    found = search.read(parameters)
-    chosen = {method: Candidate.stated(found[method]) for method in methods.METHODS}
-    model = trained_model(parameters, found, chosen)
+    run = Run(workspace, parameters)
+    chosen = {method: Candidate.stated(run.search[method]) for method in methods.METHODS}
+    model = trained_model(run, chosen)
     with devices.deterministic(threads=1), torch.no_grad():
-        comparison = tune(parameters, model, pruning_to_try(parameters, chosen))
-        test = test_samples(parameters)  # only from here on are test features read
+        comparison = tune(run, model, pruning_to_try(parameters, chosen))
+        test = test_samples(run)  # only from here on are test features read
         score(comparison, test)
-        measured = measure(parameters, comparison, test, model.head)
-        oracle = oracles(parameters, model.head, chosen, test)
-    write(parameters, comparison, measured, oracle, test, model.head)
+        measured = measure(run, comparison, test)
+        oracle = oracles(run, chosen, test)
+    write(run, comparison, measured, oracle, test)
     return measured.metrics
 
 
-def trained_model(
-    parameters: Parameters, found: Mapping[str, Any], chosen: Mapping[str, Candidate]
-) -> "TrainedModel":
+def trained_model(run: Run, chosen: Mapping[str, Candidate]) -> "TrainedModel":
     """The backbone as detectors take it, with what the mask search chose for it."""
     from opnp.detectors.base import SearchChoice, TrainedModel
 
-    backbone = load_backbone(workspace.BACKBONE, parameters.train.backbone)
+    backbone, found = run.backbone, run.search
     choices = {
         method: SearchChoice(candidate, found[method]["clip"], found["candidates"])
         for method, candidate in chosen.items()
     }
     return TrainedModel(
         backbone.classifier.head,
-        parameters.energy.temperature,
+        run.parameters.energy.temperature,
         backbone.classifier,
         backbone.preprocessing.std,
         choices,
     )
 
 
-def samples_of(parameters: Parameters, split: str, *limits: int | None) -> "list[Samples]":
+def samples_of(run: Run, split: str, *limits: int | None) -> "list[Samples]":
     """The first samples of a split, once for each limit; None for all of them."""
     from opnp.detectors.base import Samples
 
-    [(h, labels)] = features.load(parameters, split)
+    h, labels = run.features(split)
     stops = [min(len(h), limit or len(h)) for limit in limits]
-    return [
-        Samples(h[:stop], labels[:stop], partial(features.load_images, parameters, split, stop))
-        for stop in stops
-    ]
+    return [Samples(h[:stop], labels[:stop], partial(run.images, split, stop)) for stop in stops]
 
 
-def test_samples(parameters: Parameters) -> "dict[str, Samples]":
+def test_samples(run: Run) -> "dict[str, Samples]":
     """The ID test set, and each OOD set by name."""
-    splits = {"test": "test", **{name: f"ood/{name}" for name in kinds_of(parameters)}}
-    return {name: samples_of(parameters, split, None)[0] for name, split in splits.items()}
+    splits = {"test": "test", **{name: f"ood/{name}" for name in kinds_of(run)}}
+    return {name: samples_of(run, split, None)[0] for name, split in splits.items()}
 
 
-def kinds_of(parameters: Parameters) -> dict[str, str]:
+def kinds_of(run: Run) -> dict[str, str]:
     """``near`` or ``far`` for each OOD set."""
-    return {name: entry.role for name, entry in fetch.manifest_of(parameters).ood.items()}
+    return {name: entry.role for name, entry in run.manifest.ood.items()}
 
 
-def tune(parameters: Parameters, model: "TrainedModel", candidates: list[Candidate]) -> Comparison:
+def tune(run: Run, model: "TrainedModel", candidates: list[Candidate]) -> Comparison:
     """Tune and fit every detector on training, validation and outlier samples.
 
     A fusion takes its parts as they are tuned alone, and is calibrated on all validation samples.
@@ -140,12 +134,12 @@ def tune(parameters: Parameters, model: "TrainedModel", candidates: list[Candida
     from opnp.detectors.base import make, takes_images
     from opnp.detectors.fusion import Fusion
 
-    settings, comparison = parameters.evaluate, Comparison(times=search_times())
-    train, with_images = samples_of(parameters, "train", None, settings.training_images)
-    everything, validation = samples_of(parameters, "validation", None, settings.tuning_samples)
+    settings, comparison = run.parameters.evaluate, Comparison(times=search_times(run.workspace))
+    train, with_images = samples_of(run, "train", None, settings.training_images)
+    everything, validation = samples_of(run, "validation", None, settings.tuning_samples)
     outliers = {
-        name: samples_of(parameters, split, settings.tuning_samples)[0]
-        for name, split in features.outlier_splits(parameters).items()
+        name: samples_of(run, split, settings.tuning_samples)[0]
+        for name, split in run.outlier_splits.items()
     }
     of_images = set()
     # A factory that does not return a detector is refused before anything is tuned.
@@ -163,7 +157,7 @@ def tune(parameters: Parameters, model: "TrainedModel", candidates: list[Candida
             validation,
             outliers,
             budget=settings.budget,
-            seed=parameters.seed,
+            seed=run.parameters.seed,
             candidates=candidates,
         )
 
@@ -181,12 +175,10 @@ def tune(parameters: Parameters, model: "TrainedModel", candidates: list[Candida
     return comparison
 
 
-def search_times() -> dict[str, dict[str, float]]:
+def search_times(workspace: Workspace) -> dict[str, dict[str, float]]:
     """Seconds that the mask search took, for each of its methods, if they were measured here."""
-    if not workspace.TIMES.is_file():
-        return {}
-    times = read_json(workspace.TIMES)
-    return {each: {"tune": times[each]["tune"]} for each in methods.METHODS if each in times}
+    times = {method: read_times(workspace).get(method, {}) for method in methods.METHODS}
+    return {method: {"tune": of["tune"]} for method, of in times.items() if "tune" in of}
 
 
 def pruning_to_try(parameters: Parameters, chosen: dict[str, Candidate]) -> list[Candidate]:
@@ -233,17 +225,12 @@ def score(comparison: Comparison, test: "Mapping[str, Samples]") -> None:
         raise InputError(f"None of the detectors can run here: {reasons}")
 
 
-def measure(
-    parameters: Parameters,
-    comparison: Comparison,
-    test: "Mapping[str, Samples]",
-    head: nn.Linear,
-) -> Measured:
+def measure(run: Run, comparison: Comparison, test: "Mapping[str, Samples]") -> Measured:
     """Metrics of every detector on every OOD set, and of the classifier, with their intervals."""
     from opnp.metrics import bootstrap, calibration, separation
 
-    resamples, seed = parameters.evaluate.bootstrap, parameters.seed
-    kinds, scores = kinds_of(parameters), comparison.scores
+    resamples, seed = run.parameters.evaluate.bootstrap, run.parameters.seed
+    kinds, scores = kinds_of(run), comparison.scores
     table: dict[str, dict[str, dict[str, float]]] = {}
     intervals: dict[str, Any] = {}
     for name, by_set in track(scores.items(), "bootstrap (detectors)", len(scores)):
@@ -254,7 +241,7 @@ def measure(
         intervals[name] = {split: spans(values) for split, values in drawn.items()}
     h, labels = test["test"].features, test["test"].labels
     assert labels is not None
-    logits = {"unpruned": head(h)}
+    logits = {"unpruned": run.backbone.classifier.head(h)}
     for name in scores:
         if (pruned := comparison.tuned[name].pruned_logits(h)) is not None:
             logits[name] = pruned
@@ -275,28 +262,24 @@ def spans(intervals: dict[str, tuple[float, float]]) -> dict[str, dict[str, floa
 
 
 def oracles(
-    parameters: Parameters,
-    head: nn.Linear,
-    chosen: dict[str, Candidate],
-    test: "Mapping[str, Samples]",
+    run: Run, chosen: dict[str, Candidate], test: "Mapping[str, Samples]"
 ) -> dict[str, Any]:
     """What choosing masks on the test sets themselves would have given, which is not allowed.
 
     The lowest mean FPR95 of all candidates that keep the accuracy on ID validation, and how much of
     its gain over the unpruned head the mask keeps that was chosen without these sets.
     """
-    measured = sensitivity.read(parameters)
-    rows = pq.read_table(workspace.TRIALS).to_pylist()
-    floor = rows[0]["accuracy"] - parameters.search.max_accuracy_drop - 1e-9
+    measured, rows = run.sensitivities, run.trials.to_pylist()
+    floor = rows[0]["accuracy"] - run.parameters.search.max_accuracy_drop - 1e-9
     accurate = {Candidate.stated(row) for row in rows if row["accuracy"] >= floor}
-    candidates = candidates_of(measured, parameters.search)
+    candidates = candidates_of(measured, run.parameters.search)
     ood = {name: each.features for name, each in test.items() if name != "test"}
-    tested = Judge.of(head, test["test"].features, ood).trials(measured, candidates)
+    judge = Judge.of(run.backbone.classifier.head, test["test"].features, ood)
+    tested = judge.trials(measured, candidates)
     by_candidate = {
         trial.candidate: trial.mean_fpr95
         for trial in track(tested, "oracle (masks)", len(candidates))
     }
-    percentiles = {each["threshold"]: each["clip"] for each in sensitivity.settings_of(parameters)}
     unpruned, found = by_candidate[candidates[0]], {}
     for method in ORACLES:
         eligible = [
@@ -304,7 +287,7 @@ def oracles(
         ]
         lowest = min(eligible, key=lambda candidate: by_candidate[candidate])
         gain, kept = unpruned - by_candidate[lowest], unpruned - by_candidate[chosen[method]]
-        found[method] = candidate_record(lowest, percentiles) | {
+        found[method] = candidate_record(lowest, run.percentiles) | {
             "fpr95": by_candidate[lowest],
             "kept": 100 * kept / gain if gain > 0 else 100.0,
         }
@@ -312,20 +295,19 @@ def oracles(
 
 
 def write(
-    parameters: Parameters,
+    run: Run,
     comparison: Comparison,
     measured: Measured,
     oracle: dict[str, Any],
     test: "Mapping[str, Samples]",
-    head: nn.Linear,
 ) -> None:
     """Write scores, curves, tables and figures; the metrics come last."""
-    kinds, scores = kinds_of(parameters), comparison.scores
+    workspace, kinds, scores = run.workspace, kinds_of(run), comparison.scores
     tuned = {name: comparison.tuned[name] for name in scores}
     sizes = {name: len(each.features) for name, each in test.items()}
-    write_scores(scores, test, head)
-    write_roc(scores, list(kinds))
-    write_json(workspace.INTERVALS, measured.intervals)
+    write_scores(workspace, scores, test, run.backbone.classifier.head)
+    write_roc(workspace, scores, list(kinds))
+    write_json(workspace.intervals, measured.intervals)
     evaluation = {
         "hyperparameters": {name: each.hyperparameters for name, each in tuned.items()},
         "trials": {name: each.trials for name, each in tuned.items()},
@@ -336,23 +318,26 @@ def write(
         "unavailable": comparison.unavailable,
         "oracle": oracle,
     }
-    write_json(workspace.EVALUATION, evaluation)
-    write_comparison(measured, evaluation)
-    write_json(workspace.TIMES, comparison.times)
+    write_json(workspace.evaluation, evaluation)
+    write_comparison(workspace, measured, evaluation)
+    add_times(workspace, comparison.times)
     # Where the metrics are, everything is.
-    write_json(workspace.METRICS, measured.metrics)
+    write_json(workspace.metrics, measured.metrics)
 
 
-def write_comparison(measured: Measured, evaluation: dict[str, Any]) -> None:
+def write_comparison(workspace: Workspace, measured: Measured, evaluation: dict[str, Any]) -> None:
     """Write the comparison as a long table and as Markdown."""
     figures = (measured.metrics["detectors"], measured.intervals["detectors"], evaluation)
-    write_table(workspace.COMPARISON, tables.long_table(*figures))
-    with atomic(workspace.COMPARISON_TEXT) as temporary:
+    write_table(workspace.comparison, tables.long_table(*figures))
+    with atomic(workspace.comparison_text) as temporary:
         temporary.write_text(tables.to_markdown(*figures), encoding="utf-8")
 
 
 def write_scores(
-    scores: dict[str, dict[str, Tensor]], test: "Mapping[str, Samples]", head: nn.Linear
+    workspace: Workspace,
+    scores: dict[str, dict[str, Tensor]],
+    test: "Mapping[str, Samples]",
+    head: nn.Linear,
 ) -> None:
     """Write a row for each test sample: its set, index, label, predicted class and scores."""
     columns: dict[str, Any] = {"set": [], "index": [], "label": [], "prediction": []}
@@ -364,10 +349,10 @@ def write_scores(
         columns["prediction"] += head(samples.features).argmax(dim=1).tolist()
     for name, by_set in scores.items():
         columns[name] = torch.cat([by_set[split] for split in test]).numpy()
-    write_table(workspace.SCORES, pa.table(columns))
+    write_table(workspace.scores, pa.table(columns))
 
 
-def write_roc(scores: dict[str, dict[str, Tensor]], sets: list[str]) -> None:
+def write_roc(workspace: Workspace, scores: dict[str, dict[str, Tensor]], sets: list[str]) -> None:
     """Write ROC curves with ID positive, averaged over the OOD sets at each FPR, in percent."""
     from opnp.metrics.separation import tpr_at_fpr
 
@@ -380,4 +365,4 @@ def write_roc(scores: dict[str, dict[str, Tensor]], sets: list[str]) -> None:
         {"fpr": 100 * fpr[i], **{name: 100 * float(curve[i]) for name, curve in curves.items()}}
         for i in range(len(fpr))
     ]
-    write_csv(workspace.ROC, ["fpr", *curves], rows)
+    write_csv(workspace.roc, ["fpr", *curves], rows)

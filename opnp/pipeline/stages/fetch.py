@@ -1,54 +1,52 @@
-"""Fetch: every image set of the parameters, written to `data/` with a manifest.
+"""Fetch: every image set of the parameters, written with a manifest.
 
-Images are stored as the backbone wants them, at `data.image_size` and undeflated: 150 kB each at
-224 pixels in RGB, so that all of ImageNet-1k takes 190 GB of disk. In memory are their labels, and
-never more images than a row group holds.
+Images are stored uncompressed at the size that the backbone takes: 150 kB each at 224 pixels in
+RGB, so that all of ImageNet-1k takes 190 GB of disk. All labels are in memory, but never more
+images than a row group holds.
 """
 
-import json
 import shutil
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from opnp import workspace
 from opnp.data import imagesets, sources
-from opnp.data.imagesets import ImageSet, Manifest, data_file, read_manifest
-from opnp.data.preprocessing import Preprocessing
+from opnp.data.imagesets import MANIFEST, ImageSet, Manifest, data_file
 from opnp.data.splits import Split, Unreadable
 from opnp.errors import InputError, MissingError, UnavailableError
 from opnp.metrics.ranking import KINDS
 from opnp.pipeline.parameters import Parameters
+from opnp.pipeline.results.data import data_parameters
 from opnp.runtime.files import write_json
 from opnp.runtime.seeds import generator
+from opnp.workspace import Workspace
 
 
-def run(parameters: Parameters) -> Manifest:
-    """Write every image set of the parameters, and their manifest, to `data/`."""
-    begin(parameters)
-    sets = id_sets(parameters)
+def run(workspace: Workspace, parameters: Parameters) -> Manifest:
+    """Write every image set of the parameters, and their manifest."""
+    begin(workspace, parameters)
+    sets = id_sets(workspace, parameters)
     for name in ood_sources(parameters):
-        sets |= ood_set(parameters, name)
-    fetched = manifest(parameters, sets)
-    finish(fetched)
+        sets |= ood_set(workspace, parameters, name)
+    fetched = manifest(workspace, parameters, sets)
+    finish(workspace, fetched)
     return fetched
 
 
-def begin(parameters: Parameters) -> None:
-    """Make room beside `data/`, which stays as it is until everything has been fetched.
+def begin(workspace: Workspace, parameters: Parameters) -> None:
+    """Make room beside the data, which stay as they are until everything has been fetched.
 
     Raises:
-        InputError: a source lies in `data/`, which will be replaced.
-        MissingError: files of a source are not there, and it may not be left out.
+        InputError: a source lies in the folder of the data, which will be replaced.
+        MissingError: the files of a source are missing, and it may not be left out.
     """
     data, outliers = parameters.data, parameters.search.outliers
     for spec in (data.id, *data.near.values(), *data.far.values(), *outliers.values()):
-        if Path(spec).resolve().is_relative_to(workspace.DATA.resolve()):
+        if (workspace.root / spec).resolve().is_relative_to(workspace.data.resolve()):
             raise InputError(
-                f"The source {spec} lies in {workspace.DATA}/, which fetch replaces: move it away."
+                f"The source {spec} lies in {workspace.data}, which will be replaced: move it "
+                "elsewhere."
             )
     sources.require(data.id, "data.id")
     tests = [name for name, (role, _) in ood_sets(parameters).items() if role in KINDS]
@@ -62,7 +60,7 @@ def begin(parameters: Parameters) -> None:
             absent.append(name)
             if len(absent) == len(tests):
                 raise MissingError(f"None of the OOD sets is there. {error}") from None
-    shutil.rmtree(workspace.FETCHED, ignore_errors=True)
+    shutil.rmtree(workspace.fetched, ignore_errors=True)
 
 
 def ood_sets(parameters: Parameters) -> dict[str, tuple[str, str]]:
@@ -75,22 +73,12 @@ def ood_sets(parameters: Parameters) -> dict[str, tuple[str, str]]:
 
 
 def ood_sources(parameters: Parameters) -> list[str]:
-    """The OOD sets with a source of their own: all but those of held-out classes."""
+    """The OOD sets that have a source of their own: all but those of held-out classes."""
     sets = ood_sets(parameters)
     return [name for name, (_, source) in sets.items() if source != "held-out"]
 
 
-def data_parameters(parameters: Parameters) -> dict[str, Any]:
-    """What the images depend on."""
-    outliers = parameters.search.outliers
-    images = parameters.data.model_dump(exclude={"max_unreadable", "missing"})
-    for key in ("resize", "interpolation"):  # unsaid in manifests where they are as ever
-        if images[key] == type(parameters.data).model_fields[key].default:
-            del images[key]
-    return images | ({"outliers": outliers} if outliers else {})
-
-
-def id_sets(parameters: Parameters) -> dict[str, ImageSet]:
+def id_sets(workspace: Workspace, parameters: Parameters) -> dict[str, ImageSet]:
     """Write the ID splits, and the OOD sets made of their held-out classes.
 
     Where the source has no test split of its own, the images are divided by class (stratified).
@@ -100,16 +88,21 @@ def id_sets(parameters: Parameters) -> dict[str, ImageSet]:
     classes, splits = sources.open_id(data.id)
     if unknown := [label for label in data.held_out if label >= len(classes)]:
         raise InputError(
-            f"data.held_out names class {unknown[0]}, but {data.id} has only {len(classes)}."
+            f"Class {unknown[0]} is to be held out, but {data.id} has only {len(classes)} classes.",
+            "data.held_out",
         )
     known = [label for label in range(len(classes)) if label not in data.held_out]
     if len(known) < 2:
         raise InputError(
-            f"data.held_out leaves {len(known)} of {len(classes)} classes: at least 2 must stay."
+            f"Of the {len(classes)} classes {len(known)} would remain: hold out fewer, so that at "
+            "least 2 remain.",
+            "data.held_out",
         )
     names = [classes[label] for label in known]
     if "all" in splits and data.test is None:
-        raise InputError(f"{data.id} has no test split: say in data.test how many percent to take.")
+        raise InputError(
+            f"{data.id} has no test split: state the percentage of images to test on.", "data.test"
+        )
     for name, split in splits.items():
         wrong = np.flatnonzero((split.labels < 0) | (split.labels >= len(classes)))
         if len(wrong):
@@ -134,7 +127,7 @@ def id_sets(parameters: Parameters) -> dict[str, ImageSet]:
     def write(name: str, role: str, split: Split, labels: list[str]) -> ImageSet:
         shuffled = split.examples(rng.permutation(len(split)), unreadable)
         limit = None if labels else data.ood_count
-        path = data_file(name, workspace.FETCHED)
+        path = data_file(name, workspace.fetched)
         return imagesets.write(
             path,
             role,
@@ -189,29 +182,31 @@ def divide(
         parts = {"test": order[:first], "validation": order[first:stop], "train": order[stop:]}
         if empty := [split for split in ("train", "validation") if len(parts[split]) == 0]:
             raise InputError(
-                f"Class {classes[label]} of {data.id} has no {empty[0]} images: give it some, or "
-                "leave it out in data.held_out."
+                f"Class {classes[label]} of {data.id} has no {empty[0]} images: add some, or hold "
+                "the class out.",
+                "data.held_out",
             )
         for split, indices in parts.items():
             divided[split].append(pool[indices])
     return {split: np.concatenate(rows) for split, rows in divided.items()}
 
 
-def ood_set(parameters: Parameters, name: str) -> dict[str, ImageSet]:
+def ood_set(workspace: Workspace, parameters: Parameters, name: str) -> dict[str, ImageSet]:
     """Write the OOD set ``name``, whose source is not the ID source's held-out classes.
 
     Returns:
-        The set by its name; nothing if its files are missing and ``data.missing`` is ``skip``.
+        The set by its name; nothing if its files are missing and it may be left out.
 
     Raises:
-        InputError: the source is none, broken, or missing and may not be left out.
+        InputError: there is no such source, or its files are damaged, or missing and it may not be
+            left out.
         UnavailableError: it could not be downloaded, and may not be left out.
     """
     data = parameters.data
     role, source = ood_sets(parameters)[name]
     unreadable = Unreadable(data.max_unreadable)
     examples = sources.open_ood(source, data.image_size, data.seed, unreadable)
-    path = data_file(name, workspace.FETCHED)
+    path = data_file(name, workspace.fetched)
     try:
         entry = imagesets.write(
             path,
@@ -234,7 +229,7 @@ def ood_set(parameters: Parameters, name: str) -> dict[str, ImageSet]:
     return {name: replace(entry, unreadable=unreadable.images)}
 
 
-def manifest(parameters: Parameters, sets: dict[str, ImageSet]) -> Manifest:
+def manifest(workspace: Workspace, parameters: Parameters, sets: dict[str, ImageSet]) -> Manifest:
     """The manifest of what has been fetched.
 
     Raises:
@@ -248,10 +243,10 @@ def manifest(parameters: Parameters, sets: dict[str, ImageSet]) -> Manifest:
     }
     if not any(entry.role in KINDS for entry in sets.values()):
         raise MissingError(
-            f"None of the OOD sets is there ({', '.join(missing)}): get one of them at least, as "
+            f"None of the OOD sets is there ({', '.join(missing)}): get at least one of them, as "
             "the lines above say."
         )
-    also_id = count_id_images(sets)
+    also_id = count_id_images(workspace, sets)
     return Manifest(
         data_parameters(parameters),
         list(sets["train"].classes),
@@ -264,13 +259,13 @@ def manifest(parameters: Parameters, sets: dict[str, ImageSet]) -> Manifest:
     )
 
 
-def count_id_images(sets: dict[str, ImageSet]) -> dict[str, int]:
-    """How many images of each OOD set are ID images, too; a line says so.
+def count_id_images(workspace: Workspace, sets: dict[str, ImageSet]) -> dict[str, int]:
+    """Count the images of each OOD set that are ID images as well, and print a line about them.
 
     Raises:
         InputError: all images of a set are.
     """
-    files = {name: data_file(name, workspace.FETCHED) for name in sets}
+    files = {name: data_file(name, workspace.fetched) for name in sets}
     inside = [files.pop(name) for name in ("train", "validation", "test") if name in files]
     found = imagesets.also_id(inside, files)
     for name, count in found.items():
@@ -282,56 +277,19 @@ def count_id_images(sets: dict[str, ImageSet]) -> dict[str, int]:
     return found
 
 
-def finish(manifest: Manifest) -> None:
-    """Put what has been fetched, with its manifest, in the place of `data/`."""
-    write_json(workspace.FETCHED / workspace.MANIFEST.name, manifest.as_json())
+def finish(workspace: Workspace, manifest: Manifest) -> None:
+    """Put what has been fetched, with its manifest, in the place of the data."""
+    write_json(workspace.fetched / MANIFEST, manifest.as_json())
     for entry in manifest.sets.values():
         if left_out := entry.unreadable:
             print(
                 f"fetch: {len(left_out)} image(s) of {entry.source} cannot be read and are left "
                 f"out: {', '.join(left_out)}"
             )
-    place = workspace.DATA.resolve()  # a link to another disk stays one
+    place = workspace.data.resolve()  # a link to another disk stays a link
     old = place.with_name(f"{place.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if place.exists():
         place.rename(old)
-    shutil.move(workspace.FETCHED, place)
+    shutil.move(workspace.fetched, place)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def check_images(parameters: Parameters, preprocessing: Preprocessing) -> None:
-    """Refuse a backbone that wants images prepared in another way than those of `data/` are.
-
-    Raises:
-        InputError: it does; the sentence says what to set.
-    """
-    data = parameters.data
-    wanted = {
-        "image_size": (preprocessing.size, data.image_size),
-        "mode": (preprocessing.mode, data.mode),
-        "resize": (preprocessing.resize, data.resize),
-        "interpolation": (preprocessing.interpolation, data.interpolation),
-    }
-    others = [f"data.{key} to {json.dumps(a)}" for key, (a, b) in wanted.items() if a != b]
-    if others:
-        raise InputError(
-            f"The backbone {parameters.train.backbone} wants images prepared in another way: set "
-            f"{' and '.join(others)}."
-        )
-
-
-def manifest_of(parameters: Parameters) -> Manifest:
-    """The manifest of `data/`, if they were fetched with these parameters.
-
-    Raises:
-        InputError: it was fetched with others, or is missing.
-    """
-    manifest = read_manifest(elsewhere=parameters.engine.storage is not None)
-    if manifest.parameters != data_parameters(parameters):
-        raise InputError(
-            f"{workspace.DATA}/ was fetched with other parameters in section data, or other "
-            f"search.outliers, than {workspace.PARAMETERS} has now.",
-            "stage:fetch",
-        )
-    return manifest

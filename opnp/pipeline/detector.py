@@ -1,41 +1,38 @@
-"""Detector: the folder that a finished run's backbone, mask and threshold make."""
+"""The detector that a finished run makes: its backbone, mask and threshold as a folder."""
 
-from opnp import workspace
-from opnp.backbones.backbone import load_backbone
 from opnp.deployment.detector import SavedDetector, provenance
 from opnp.errors import InputError
-from opnp.pipeline.parameters import Parameters
-from opnp.pipeline.stages import features, fetch, search, sensitivity
+from opnp.pipeline.results import Run
 from opnp.pruning import methods
 from opnp.pruning.candidates import Candidate, setting_of
 from opnp.runtime import devices
-from opnp.runtime.files import digest
 
-METHOD = "opnp+react"  # the choice among all that the search tried, clipped or not
+__all__ = ["from_run"]
+
+METHOD = "opnp+react"  # the choice among everything that the search tried, clipped or not
 
 
-def from_run(parameters: Parameters, accept: float = 95.0, method: str = METHOD) -> SavedDetector:
-    """The detector of this workspace's run; it needs `search`, and no image.
+def from_run(run: Run, accept: float = 95.0, method: str = METHOD) -> SavedDetector:
+    """The detector of a run that has finished `search`; no image is read.
 
     Args:
-        parameters: of the run.
+        run: the run.
         accept: percent of ID validation images that the threshold accepts.
-        method: whose choice: ``opp``, ``onp``, ``opnp``, or ``opnp+react``, which may clip.
+        method: whose choice to take: ``opp``, ``onp``, ``opnp``, or ``opnp+react``, which may clip.
 
     Raises:
-        InputError: artifacts are missing, damaged, or made with other parameters.
+        InputError: a file is missing, damaged, or made with something else.
     """
     if method not in methods.METHODS:
         raise InputError(
             f"There is no method {method!r}: choose from {', '.join(methods.METHODS)}."
         )
-    found, measured = search.read(parameters), sensitivity.read(parameters)
-    [(h, _)] = features.load(parameters, "validation")
+    parameters, found = run.parameters, run.search
+    h, _ = run.features("validation")
     candidate = Candidate.stated(found[method])
-    chosen = setting_of(measured, candidate)
-    backbone = load_backbone(workspace.BACKBONE, parameters.train.backbone)
-    mask = candidate.mask(chosen)
-    validation = fetch.manifest_of(parameters).sets["validation"]
+    chosen = setting_of(run.sensitivities, candidate)
+    backbone, mask = run.backbone, candidate.mask(chosen)
+    validation = run.manifest.sets["validation"]
     made = provenance() | {
         "by": "the pipeline",
         "method": method,
@@ -53,7 +50,7 @@ def from_run(parameters: Parameters, accept: float = 95.0, method: str = METHOD)
             "sha256": validation.sha256,
         },
         "unreadable": validation.unreadable,
-        "backbone": digest(workspace.BACKBONE),
+        "backbone": run.backbone_stated.sha256,
         "seed": parameters.seed,
     }
     with devices.deterministic(threads=1):
