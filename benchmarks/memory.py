@@ -74,7 +74,7 @@ def write(
     for shard in shards.divide("train", samples, shard_size):
         rows = shard.stop - shard.start
         path = shard.path(workspace.features)
-        shards.write_shard(path, shard, block[:rows], labels[:rows], origin, dtype)
+        shards.write_shard(path, shard, shards.Encoded(block[:rows], labels[:rows]), origin, dtype)
 
 
 def stage(settings: Parameters) -> None:

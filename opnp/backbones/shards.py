@@ -1,14 +1,18 @@
 """Penultimate features, computed once and kept: uncompressed Arrow IPC shards of a fixed size.
 
-A shard is the unit of work, of retry and of resume. Its metadata say what it was made from
-(backbone, preprocessing, images, rows, dtype) and hold a checksum of its columns, so that a damaged
-or a foreign shard is told from a whole one without trusting its name.
+A shard is the unit of work, of retry and of resume. Its metadata state what it was made from
+(backbone, preprocessing, images, rows, dtype), name the images that could not be read, and hold a
+checksum of its columns, so that a damaged shard, or one made from something else, is recognized
+without trusting its name.
 """
 
 import hashlib
-from dataclasses import dataclass
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +24,9 @@ from opnp.errors import InputError, first_line
 from opnp.runtime.files import atomic
 
 __all__ = [
+    "Encoded",
     "Shard",
+    "Stored",
     "described",
     "divide",
     "is_whole",
@@ -28,8 +34,13 @@ __all__ = [
     "read_metadata",
     "read_shard",
     "shard_paths",
+    "write_once",
     "write_shard",
 ]
+
+logger = logging.getLogger(__name__)
+
+UNREADABLE = "unreadable"  # in the metadata, where images were left out
 
 
 @dataclass(frozen=True)
@@ -56,6 +67,41 @@ class Shard:
         return folder / self.split / f"{self.index:05d}.arrow"
 
 
+@dataclass(frozen=True)
+class Encoded:
+    """The features of a shard's images.
+
+    Attributes:
+        features: float32 (n, L).
+        labels: int64 (n,); −1 for OOD images, proxies, and images without a label.
+        rows: of the split, (n,); without them all rows of the shard.
+        unreadable: the images that could not be read, each with the reason.
+    """
+
+    features: Tensor
+    labels: NDArray[np.int64]
+    rows: Sequence[int] | None = None
+    unreadable: Sequence[str] = field(default=())
+
+
+class Stored(NamedTuple):
+    """A shard that was read.
+
+    Attributes:
+        features: (n, L), in the dtype they are stored in.
+        labels: int64 (n,).
+        metadata: what the shard was made from, and which rows of which split it stands for.
+        rows: the rows of the split whose images could be read, int64 (n,).
+        unreadable: the images that could not be read, each with the reason.
+    """
+
+    features: Tensor
+    labels: NDArray[np.int64]
+    metadata: dict[str, str]
+    rows: NDArray[np.int64]
+    unreadable: list[str]
+
+
 def divide(split: str, count: int, size: int) -> list[Shard]:
     """The shards of ``size`` rows of a split with ``count``; the last may be smaller."""
     starts = range(0, count, size)
@@ -70,29 +116,45 @@ def checksum(features: NDArray[Any], labels: NDArray[np.int64], rows: NDArray[np
     return sha.hexdigest()
 
 
-def write_shard(
+def write_once(
     path: Path,
     shard: Shard,
-    features: Tensor,
-    labels: NDArray[np.int64],
     origin: dict[str, str],
-    dtype: str,
+    work: Callable[[], Encoded],
+    dtype: str = "float32",
+) -> bool:
+    """Write what ``work`` returns, unless the shard is there, whole and made from ``origin``.
+
+    Returns:
+        False if the shard was there.
+
+    Raises:
+        InputError: as `write_shard`.
+    """
+    if is_whole(path, shard, origin):
+        return False
+    write_shard(path, shard, work(), origin, dtype)
+    return True
+
+
+def write_shard(
+    path: Path, shard: Shard, encoded: Encoded, origin: dict[str, str], dtype: str
 ) -> None:
     """Write one shard atomically.
 
     Args:
         path: the file.
-        shard: which rows these are.
-        features: float32 (N, L).
-        labels: int64 (N,); −1 for OOD and proxies.
+        shard: which rows of which split it stands for.
+        encoded: their features.
         origin: what the features were made from.
         dtype: ``float32`` or ``float16``.
 
     Raises:
         InputError: a feature is NaN or infinite, or exceeds the range of float16.
     """
-    values = features.numpy().astype(dtype)
-    rows = np.arange(shard.start, shard.stop, dtype=np.int64)
+    labels, values = encoded.labels, encoded.features.numpy().astype(dtype)
+    given = range(shard.start, shard.stop) if encoded.rows is None else encoded.rows
+    rows = np.array(given, dtype=np.int64)
     if not np.isfinite(values).all():
         row = int(rows[~np.isfinite(values).all(axis=1)][0])
         raise InputError(
@@ -101,10 +163,11 @@ def write_shard(
             f"{', or store float32' * (dtype == 'float16')}."
         )
     column = pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+    lost = {UNREADABLE: json.dumps(list(encoded.unreadable))} if encoded.unreadable else {}
     table = pa.table(
         {"features": column, "label": pa.array(labels), "index": pa.array(rows)}
     ).replace_schema_metadata(
-        {**described(shard, origin), "checksum": checksum(values, labels, rows)}
+        {**described(shard, origin), **lost, "checksum": checksum(values, labels, rows)}
     )
     with atomic(path) as temporary, pa.ipc.new_file(temporary, table.schema) as writer:
         writer.write_table(table)
@@ -116,11 +179,8 @@ def described(shard: Shard, origin: dict[str, str]) -> dict[str, str]:
     return {**origin, "split": shard.split, "rows": rows, "count": str(shard.count)}
 
 
-def read_shard(path: Path) -> tuple[Tensor, NDArray[np.int64], dict[str, str]]:
+def read_shard(path: Path) -> Stored:
     """Read one shard and verify its checksum.
-
-    Returns:
-        Features (N, L) as stored, labels (N,), and the metadata.
 
     Raises:
         InputError: the file is missing, truncated, altered, or no shard.
@@ -135,13 +195,14 @@ def read_shard(path: Path) -> tuple[Tensor, NDArray[np.int64], dict[str, str]]:
         labels = table.column("label").to_numpy()
         rows = table.column("index").to_numpy()
         damaged = found.pop("checksum") != checksum(values, labels, rows)
+        unreadable = json.loads(found.pop(UNREADABLE, "[]"))
     except FileNotFoundError:
         raise InputError(f"Shard {path} is missing.") from None
     except (OSError, pa.ArrowException, KeyError, AttributeError, ValueError) as error:
         raise InputError(f"Shard {path} is damaged ({first_line(error)}).") from None
     if damaged:
         raise InputError(f"Shard {path} is damaged (its checksum differs).")
-    return torch.from_numpy(values.copy()), labels, found
+    return Stored(torch.from_numpy(values.copy()), labels, found, rows, unreadable)
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -161,16 +222,13 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def is_whole(path: Path, shard: Shard, origin: dict[str, str]) -> bool:
-    """Whether the shard is there, undamaged, and made from exactly ``origin``.
-
-    A damaged shard is named in the output.
-    """
+    """Whether the shard is there, undamaged, and made from exactly ``origin``."""
     if not path.exists():
         return False
     try:
-        return read_shard(path)[2] == described(shard, origin)
+        return read_shard(path).metadata == described(shard, origin)
     except InputError:
-        print(f"features: {path} is damaged, and made again", flush=True)
+        logger.warning("%s is damaged and is made again", path)
         return False
 
 
@@ -224,7 +282,7 @@ def load(folder: Path, expected: dict[str, str]) -> tuple[Tensor, Tensor]:
     """
     parts, labels = [], []
     for path in shard_paths(folder, expected):
-        features, label, _ = read_shard(path)
-        parts.append(features.float())
-        labels.append(torch.from_numpy(label.copy()))
+        stored = read_shard(path)
+        parts.append(stored.features.float())
+        labels.append(torch.from_numpy(stored.labels.copy()))
     return torch.cat(parts), torch.cat(labels)

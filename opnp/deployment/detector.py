@@ -6,11 +6,8 @@ images. The pruned head is as large as the unpruned one, so scoring costs no mor
 """
 
 import json
-import platform
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self
@@ -44,12 +41,10 @@ from opnp.pruning.sensitivity import Sensitivity
 from opnp.runtime import tensors
 from opnp.runtime.files import atomic_folder
 
-__all__ = ["SavedDetector", "load", "provenance"]
+__all__ = ["SavedDetector", "load"]
 
 SENSITIVITIES = ("weights", "neurons_mean", "neurons_gradient", "neurons_taylor")
 Picture = Image.Image | str | Path
-
-LIBRARIES = ("opnp", "torch", "torchvision", "numpy", "pillow")
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,15 +255,6 @@ def scorer_of(backbone: Backbone, mask: PruningMask, candidate: Candidate) -> Sc
         backbone.preprocessing, classifier.encoder, head, candidate.temperature, candidate.clip
     )
     return scorer.eval().requires_grad_(False)
-
-
-def provenance() -> dict[str, Any]:
-    """The time, and the versions of the libraries that matter to a detector."""
-    return {
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version()}
-        | {library: version(library) for library in LIBRARIES},
-    }
 
 
 def load(

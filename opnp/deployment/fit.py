@@ -20,36 +20,46 @@ from torch import Tensor
 
 from opnp.backbones.backbone import Backbone, check
 from opnp.backbones.encoding import encode
+from opnp.backbones.shards import Encoded, Shard, divide, read_shard, write_once
 from opnp.data import proxies
 from opnp.data.images import Images
 from opnp.data.imagesets import unit
-from opnp.deployment.detector import SavedDetector, provenance
+from opnp.deployment.detector import SavedDetector
+from opnp.deployment.record import record
 from opnp.deployment.settings import FitSettings
 from opnp.errors import InputError
 from opnp.metrics.agreement import suspicion
-from opnp.pruning.candidates import Trial, setting_of, trial_record
+from opnp.pruning.candidates import Trial, setting_of
 from opnp.pruning.clipping import clip_thresholds
 from opnp.pruning.energy import bias_of
-from opnp.pruning.search import SearchResult, choice_record, search_masks
-from opnp.pruning.sensitivity import Sensitivity, SensitivitySums, halved
-from opnp.runtime import tensors
+from opnp.pruning.search import SearchResult, search_masks, search_record
+from opnp.pruning.sensitivity import (
+    Sensitivity,
+    SensitivitySums,
+    added,
+    of_halves,
+    sums_of_halves,
+)
 from opnp.runtime.progress import counting, track
 
-__all__ = ["Shards", "fit"]
+__all__ = ["Features", "fit"]
 
 logger = logging.getLogger(__name__)
 
 SHARD = 1024  # images: the unit of work that a fit which was killed does not repeat
 
 
-class Shards:
-    """Features of images, each shard written once whole and verified when it is read.
+class Features:
+    """The penultimate features of a fit, in shards that a fit which is started again takes over.
 
     Args:
-        folder: where they lie.
-        backbone: makes them.
-        device: on which.
-        settings: of the fit.
+        folder: where the shards lie.
+        backbone: encodes the images.
+        device: where it runs.
+        settings: settings of the fit.
+
+    Attributes:
+        unreadable: the images that could not be read, each with the reason.
     """
 
     def __init__(
@@ -63,40 +73,48 @@ class Shards:
             sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         self.origin = {
             "model": sha.hexdigest(),
-            "preprocessing": backbone.preprocessing.as_json(),
+            "preprocessing": json.dumps(backbone.preprocessing.as_json()),
             "device": device.type,
             "torch": torch.__version__,
         }
 
     def of_images(self, name: str, images: Images) -> list[Path]:
-        """Encode all images, a shard at a time; the paths of the shards.
+        """Encode all images, a shard at a time, and return the shards.
 
         Raises:
-            InputError: too many cannot be read, or none can.
+            InputError: too many images cannot be read, or none can.
         """
-        rows, paths = range(len(images)), []
-        with counting(f"features of {name} (images)", len(rows)) as advance:
-            for start in rows[::SHARD]:
-                part = rows[start : start + SHARD]
-                path = self.folder / f"{name}-{start // SHARD:05d}.safetensors"
-                origin = {"images": images.states(part)}
-                work = partial(self.encode, images, part, advance)
-                lost, made = self.write_once(path, origin, work)
+        paths = []
+        with counting(f"features of {name} (images)", len(images)) as advance:
+            for shard in divide(name, len(images), SHARD):
+                part, path = range(shard.start, shard.stop), shard.path(self.folder)
+                states = json.dumps(images.states(part)).encode()
+                origin = {**self.origin, "images": hashlib.sha256(states).hexdigest()}
+                made = write_once(path, shard, origin, partial(self.encode, images, part, advance))
                 advance(0 if made else len(part))
-                self.unreadable += lost
-                if len(self.unreadable) > self.settings.max_unreadable:
-                    raise InputError(
-                        f"{len(self.unreadable)} images cannot be read, more than the "
-                        f"{self.settings.max_unreadable} that are allowed; the last: {lost[-1]}"
-                    )
                 paths.append(path)
-        if not any(len(h) for h, _ in map(self.read, paths)):
+                self.left_out(read_shard(path).unreadable)
+        if not any(len(read_shard(path).rows) for path in paths):
             raise InputError(f"No image of {images.source} can be read: replace them.")
         return paths
 
+    def left_out(self, unreadable: Sequence[str]) -> None:
+        """Remember images that could not be read.
+
+        Raises:
+            InputError: there are more of them than the settings allow.
+        """
+        self.unreadable += unreadable
+        if len(self.unreadable) > self.settings.max_unreadable:
+            raise InputError(
+                f"{len(self.unreadable)} images cannot be read, more than the "
+                f"{self.settings.max_unreadable} that are allowed; the last: {self.unreadable[-1]}"
+            )
+
     def encode(
         self, images: Images, part: Sequence[int], advance: Callable[[int], None]
-    ) -> tuple[Tensor, list[int], list[str]]:
+    ) -> Encoded:
+        """Features of some of the images; ``advance`` is told how many images are done."""
         rows: list[int] = []
         lost: list[str] = []
 
@@ -113,58 +131,26 @@ class Shards:
         classifier = self.backbone.classifier
         empty = torch.empty(0, classifier.head.in_features)
         parts = [encode(classifier.encoder, [batch], self.device) for batch in batches()]
-        return torch.cat([empty, *parts]), rows, lost
+        return Encoded(torch.cat([empty, *parts]), images.split.labels[rows], rows, lost)
 
-    def of_proxies(self, family: str, images: np.ndarray[Any, Any], sha256: str) -> Path:
-        """Encode the proxy outliers of a family, made of images in [0, 1], (N, C, H, W)."""
-        seed, size = self.settings.seed, self.settings.batch_size
+    def of_proxies(self, family: str, images: np.ndarray[Any, Any], sha256: str) -> Tensor:
+        """Features of the proxy outliers of a family, made from images in [0, 1], (N, C, H, W)."""
+        seed, size, rows = self.settings.seed, self.settings.batch_size, range(len(images))
 
-        def work() -> tuple[Tensor, list[int], list[str]]:
-            rows = range(len(images))
+        def work() -> Encoded:
             batches = (
                 self.backbone.preprocessing.normalize(
                     torch.from_numpy(proxies.make(family, images, rows[at : at + size], seed))
                 )
                 for at in rows[::size]
             )
-            return encode(self.backbone.classifier.encoder, batches, self.device), [*rows], []
+            found = encode(self.backbone.classifier.encoder, batches, self.device)
+            return Encoded(found, np.full(len(rows), -1))
 
-        path = self.folder / f"proxies-{family}.safetensors"
-        self.write_once(path, {"images": sha256, "seed": seed}, work)
-        return path
-
-    def write_once(
-        self,
-        path: Path,
-        origin: dict[str, Any],
-        work: Callable[[], tuple[Tensor, list[int], list[str]]],
-    ) -> tuple[list[str], bool]:
-        """Write what ``work`` gives, unless it is there, whole.
-
-        Returns:
-            The images that were left out, and whether there was work to do.
-        """
-        wanted = json.loads(json.dumps({**self.origin, **origin}))
-        try:
-            found, about = tensors.load(path)
-            if about["origin"] == wanted and "features" in found:
-                return about["unreadable"], False
-        except (InputError, KeyError):
-            pass
-        h, rows, lost = work()
-        if not torch.isfinite(h).all():
-            raise InputError(
-                f"The model gives features that are NaN or infinite ({path.stem}): check its "
-                "weights and its preprocessing."
-            )
-        about = {"origin": wanted, "rows": rows, "unreadable": lost}
-        tensors.save(path, {"features": h}, about)
-        return lost, True
-
-    def read(self, path: Path) -> tuple[Tensor, list[int]]:
-        """The features (n, L) of a shard, and the rows of their images."""
-        found, about = tensors.load(path)
-        return found["features"], about["rows"]
+        shard = Shard(f"proxies/{family}", 0, 0, len(rows), len(rows))
+        path = shard.path(self.folder)
+        write_once(path, shard, {**self.origin, "images": sha256, "seed": str(seed)}, work)
+        return read_shard(path).features
 
 
 def fit(
@@ -199,47 +185,40 @@ def fit(
     labels = validation.labels(backbone.classes)
     shared = check_apart(train, validation)
     backbone.classifier.eval().requires_grad_(False).to(device)
-    shards, head = Shards(folder, backbone, device, settings), backbone.classifier.head
-    train_paths = shards.of_images("train", train)
-    validation_paths = shards.of_images("validation", validation)
-    measured, percentiles = sensitivities(shards, train_paths)
+    features, head = Features(folder, backbone, device, settings), backbone.classifier.head
+    train_shards = features.of_images("train", train)
+    parts = [read_shard(path) for path in features.of_images("validation", validation)]
+    measured, percentiles = sensitivities(features, train_shards)
 
-    parts = [shards.read(path) for path in validation_paths]
-    h, rows = torch.cat([part for part, _ in parts]), [row for _, of in parts for row in of]
+    h = torch.cat([part.features for part in parts])
+    rows = np.concatenate([part.rows for part in parts])
     predicted = head(h.to(device)).argmax(dim=1).cpu()
     truth = predicted if labels is None else torch.from_numpy(labels[rows])
     if doubt := suspicion(truth.numpy(), predicted.numpy(), backbone.classes):
         logger.warning("%s", doubt)
 
     places = evenly(len(rows), settings.search_images)
-    result = search(
-        shards, validation, [rows[place] for place in places], h[places], truth[places], measured
-    )
-    chosen = result.choices["all"]
-    candidate = chosen.trial.candidate
+    result = search(features, validation, rows[places].tolist(), h[places], truth[places], measured)
+    candidate = result.best.candidate
     sensitivity = setting_of(measured, candidate)
-    made = provenance() | {
-        "by": "opnp fit",
-        "search": {
-            **choice_record(chosen, percentiles),
-            "unpruned": trial_record(result.trials[0], percentiles),
-            "candidates": len(result.trials),
-            "proxies": list(settings.proxies),
-            "outliers": [],
-            "images": len(places),
-            "max_accuracy_drop": settings.max_accuracy_drop,
-        },
-        "train": {"source": train.source, "images": sensitivity.count},
-        "validation": {
+    chosen_among = {"proxies": list(settings.proxies), "outliers": []}
+    made = record(
+        "opnp fit",
+        search_record(result, percentiles, ["all"]) | chosen_among,
+        "all",
+        images=len(places),
+        max_accuracy_drop=settings.max_accuracy_drop,
+        train=(train.source, sensitivity.count),
+        validation={
             "source": validation.source,
             "images": len(h),
             "labels": "none: agreement with the unpruned model" if labels is None else "given",
             **({"also_training": shared} if shared else {}),
         },
-        "unreadable": shards.unreadable,
-        "device": device.type,
-        "seed": settings.seed,
-    }
+        unreadable=features.unreadable,
+        seed=settings.seed,
+        device=device.type,
+    )
     return SavedDetector.of(backbone, result.mask, candidate, sensitivity, h, made, settings.accept)
 
 
@@ -265,38 +244,32 @@ def check_apart(train: Images, validation: Images) -> int:
 
 
 def sensitivities(
-    shards: Shards, paths: Sequence[Path]
+    features: Features, paths: Sequence[Path]
 ) -> tuple[list[Sensitivity], dict[float | None, float | None]]:
     """The sensitivity at every clip and temperature, and each clip's percentile.
 
     Samples in even and in odd places of a shard are summed apart: two halves of the training set.
     """
-    head, settings = shards.backbone.classifier.head, shards.settings
+    head, settings = features.backbone.classifier.head, features.settings
     wanted = [each for each in settings.clip if each is not None]
     values: list[float] = []
     if wanted:
-        values = clip_thresholds(lambda: (shards.read(path)[0] for path in paths), wanted)
+        values = clip_thresholds(lambda: (read_shard(path).features for path in paths), wanted)
     # At two percentiles the activations may be the same: the first stands for both.
     percentiles: dict[float | None, float | None] = {None: None}
     for percentile, value in zip(wanted, values, strict=True):
         percentiles.setdefault(value, percentile)
-    points = list(product(percentiles, settings.temperature))
-    weight, bias = head.weight, bias_of(head)
+    points = [*product(percentiles, settings.temperature)]
     total: list[SensitivitySums] = []
     for path in track(paths, f"sensitivity (shards of {SHARD})", len(paths)):
-        h = shards.read(path)[0].to(shards.device)
-        sums = [
-            SensitivitySums.of(half, weight, bias, temperature, clip)
-            for clip, temperature in points
-            for half in (h[::2], h[1::2])
-        ]
-        total = [a + b for a, b in zip(total, sums, strict=True)] if total else sums
-    pairs = zip(total[::2], total[1::2], strict=True)
-    return [halved(*pair) for pair in pairs], percentiles
+        h = read_shard(path).features.to(features.device)
+        sums = sums_of_halves(h, head.weight, bias_of(head), points)
+        total = added(total, sums) if total else sums
+    return of_halves(total), percentiles
 
 
 def search(
-    shards: Shards,
+    features: Features,
     validation: Images,
     rows: Sequence[int],
     h: Tensor,
@@ -306,19 +279,19 @@ def search(
     """The best mask on some validation images and the proxy outliers made of them.
 
     Args:
-        shards: encodes the proxies.
+        features: encodes the proxies.
         validation: all ID validation images.
         rows: of those that serve here.
         h: their features, (n, L).
         truth: their labels, (n,).
         measured: the sensitivities.
     """
-    settings, preprocessing = shards.settings, shards.backbone.preprocessing
+    settings, preprocessing = features.settings, features.backbone.preprocessing
     batches = validation.batches(preprocessing, rows, settings.batch_size)
     pixels = np.stack([each for batch in batches for each in batch.pixels])
     images, sha256 = unit(pixels).numpy(), hashlib.sha256(pixels.data).hexdigest()
     outliers = {
-        family: shards.read(shards.of_proxies(family, images, sha256))[0].to(shards.device)
+        family: features.of_proxies(family, images, sha256).to(features.device)
         for family in track(settings.proxies, "proxy outliers (families)", len(settings.proxies))
     }
 
@@ -326,8 +299,8 @@ def search(
         return track(trials, "search (masks)", count)
 
     return search_masks(
-        shards.backbone.classifier.head,
-        h.to(shards.device),
+        features.backbone.classifier.head,
+        h.to(features.device),
         outliers,
         measured,
         settings,

@@ -1,6 +1,7 @@
 """The detector that a finished run makes: its backbone, mask and threshold as a folder."""
 
-from opnp.deployment.detector import SavedDetector, provenance
+from opnp.deployment.detector import SavedDetector
+from opnp.deployment.record import record
 from opnp.errors import InputError
 from opnp.pipeline.results import Run
 from opnp.pruning import methods
@@ -33,25 +34,24 @@ def from_run(run: Run, accept: float = 95.0, method: str = METHOD) -> SavedDetec
     chosen = setting_of(run.sensitivities, candidate)
     backbone, mask = run.backbone, candidate.mask(chosen)
     validation = run.manifest.sets["validation"]
-    made = provenance() | {
-        "by": "the pipeline",
-        "method": method,
-        "search": found[method]
-        | {key: found[key] for key in ("unpruned", "candidates", "proxies", "outliers")}
-        | {
-            "images": found["validation_samples"],
-            "max_accuracy_drop": parameters.search.max_accuracy_drop,
-        },
-        "train": {"source": parameters.data.id, "images": found["training_samples"]},
-        "validation": {
-            "source": parameters.data.id,
+    source = parameters.data.id
+    made = record(
+        "the pipeline",
+        found,
+        method,
+        images=found["validation_samples"],
+        max_accuracy_drop=parameters.search.max_accuracy_drop,
+        train=(source, found["training_samples"]),
+        validation={
+            "source": source,
             "images": len(h),
             "labels": "of the data",
             "sha256": validation.sha256,
         },
-        "unreadable": validation.unreadable,
-        "backbone": run.backbone_stated.sha256,
-        "seed": parameters.seed,
-    }
+        unreadable=validation.unreadable,
+        seed=parameters.seed,
+        method=method,
+        backbone=run.backbone_stated.sha256,
+    )
     with devices.deterministic(threads=1):
         return SavedDetector.of(backbone, mask, candidate, chosen, h, made, accept)

@@ -31,7 +31,7 @@ from opnp.pruning.sensitivity import Sensitivity
 from opnp.pruning.settings import SearchSettings
 from opnp.pruning.table import MEMORY, Judge
 
-__all__ = ["Choice", "SearchResult", "choice_record", "search_masks"]
+__all__ = ["Choice", "SearchResult", "choice_record", "search_masks", "search_record"]
 
 
 @dataclass(frozen=True)
@@ -299,4 +299,25 @@ def choice_record(
         "within_noise": choice.within_noise,
         "instability": None if isnan(choice.instability) else choice.instability,
         "lowest": choice.lowest.mean_fpr95,
+    }
+
+
+def search_record(
+    result: SearchResult, percentiles: Mapping[float | None, float | None], choices: Sequence[str]
+) -> dict[str, Any]:
+    """A search as it is written to files.
+
+    Args:
+        result: the search.
+        percentiles: for each clip (a value of the features), the percentile it was taken at.
+        choices: names of the choices to write.
+
+    Returns:
+        ``unpruned``, the trial of the unpruned head; each choice by its name; and ``candidates``,
+        how many were tried.
+    """
+    return {
+        "unpruned": trial_record(result.trials[0], percentiles),
+        **{name: choice_record(result.choices[name], percentiles) for name in choices},
+        "candidates": len(result.trials),
     }

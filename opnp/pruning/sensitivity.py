@@ -37,10 +37,13 @@ __all__ = [
     "NeuronSensitivity",
     "Sensitivity",
     "SensitivitySums",
+    "added",
     "halved",
     "measure",
     "neuron_sensitivity",
+    "of_halves",
     "parameter_sensitivity",
+    "sums_of_halves",
 ]
 
 BATCH = 1024  # rows per product: bounds the memory for any N, and fixes the order of summation
@@ -240,6 +243,43 @@ def halved(first: SensitivitySums, second: SensitivitySums) -> Sensitivity:
     return replace(total, halves=(first.mean(), second.mean()))
 
 
+def sums_of_halves(
+    features: Tensor, weight: Tensor, bias: Tensor, points: Sequence[tuple[float | None, float]]
+) -> list[SensitivitySums]:
+    """The sums over the samples in even places and over those in odd places, at several settings.
+
+    Args:
+        features: penultimate features of a part of the training samples, (N, L), not clipped.
+        weight: W of the head, (K, L).
+        bias: b of the head, (K,).
+        points: clip (None: do not clip) and temperature of each setting.
+
+    Returns:
+        Two sums for each setting, one after the other; `added` joins those of two parts, and
+        `of_halves` makes sensitivities of them.
+
+    Raises:
+        InputError: shapes disagree, or values are not finite.
+    """
+    return [
+        SensitivitySums.of(half, weight, bias, temperature, clip)
+        for clip, temperature in points
+        for half in (features[::2], features[1::2])
+    ]
+
+
+def added(
+    first: Sequence[SensitivitySums], second: Sequence[SensitivitySums]
+) -> list[SensitivitySums]:
+    """The sums of two parts of the training samples, at the same settings."""
+    return [a + b for a, b in zip(first, second, strict=True)]
+
+
+def of_halves(sums: Sequence[SensitivitySums]) -> list[Sensitivity]:
+    """The sensitivity at each setting, which keeps that of each half; see `sums_of_halves`."""
+    return [halved(*pair) for pair in zip(sums[::2], sums[1::2], strict=True)]
+
+
 def measure(
     features: Numbers,
     weight: Numbers,
@@ -270,15 +310,8 @@ def measure(
     [(None, 1.0), (None, 2.0), (0.9, 1.0), (0.9, 2.0)]
     """
     features, weight, bias = as_head(features, weight, bias)
-    return [
-        halved(
-            *(
-                SensitivitySums.of(half, weight, bias, temperature, clip)
-                for half in (features[::2], features[1::2])
-            )
-        )
-        for clip, temperature in product(clips, temperatures)
-    ]
+    points = [*product(clips, temperatures)]
+    return of_halves(sums_of_halves(features, weight, bias, points))
 
 
 def parameter_sensitivity(

@@ -332,7 +332,7 @@ def test_the_stages_take_a_librarys_model(folder: Path) -> None:
         assert loaded[key] == trained[key]
     shard = next(each for each in stages.features.plan(HERE, settings) if each.split == "test")
     assert stages.features.compute(HERE, settings, shard)
-    stored, _, _ = read_shard(shard.path(HERE.features))
+    stored = read_shard(shard.path(HERE.features)).features
     pixels, _ = imagesets.read(
         imagesets.data_file("test", HERE.data), "RGB", 32, shard.start, shard.stop
     )

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 import opnp
+from opnp.backbones.shards import read_shard
 from opnp.cli import app
 from opnp.data import images
 from opnp.data.images import Images
@@ -313,22 +314,22 @@ def test_features_of_other_images_are_not_taken(
 ) -> None:
     monkeypatch.setattr(fit, "SHARD", 12)
     spec, encoded = kind(files), []
-    encode = fit.Shards.encode
+    encode = fit.Features.encode
 
     def counted(
-        self: fit.Shards, found: Images, part: Sequence[int], advance: Callable[[int], None]
+        self: fit.Features, found: Images, part: Sequence[int], advance: Callable[[int], None]
     ) -> object:
         encoded.append(part)
         return encode(self, found, part, advance)
 
-    monkeypatch.setattr(fit.Shards, "encode", counted)
+    monkeypatch.setattr(fit.Features, "encode", counted)
 
     def features() -> torch.Tensor:
         encoded.clear()
         backbone, cpu = own_model.backbone(own), torch.device("cpu")
-        shards = fit.Shards(Path("features"), backbone, cpu, own_model.QUICK)
+        shards = fit.Features(Path("features"), backbone, cpu, own_model.QUICK)
         paths = shards.of_images("train", images.find(spec))
-        return torch.cat([shards.read(path)[0] for path in paths])
+        return torch.cat([read_shard(path).features for path in paths])
 
     before = features()
     assert len(encoded) == -(-len(files) // 12)

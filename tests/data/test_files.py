@@ -25,7 +25,7 @@ from opnp.backbones.backbone import Backbone, Classifier, build, load_backbone, 
 from opnp.backbones.checkpoints import read_weights
 from opnp.backbones.matching import load_state
 from opnp.backbones.networks import NETWORKS
-from opnp.backbones.shards import Shard
+from opnp.backbones.shards import Encoded, Shard
 from opnp.data import idx as formats
 from opnp.data import imagesets, parquet, sources
 from opnp.data.preprocessing import Preprocessing
@@ -372,7 +372,9 @@ def write_split(count: int = 5, size: int = 2, dtype: str = "float32") -> list[S
     for shard in shards:
         labels = np.arange(shard.start, shard.stop, dtype=np.int64) % 3
         values = everything[shard.start : shard.stop]
-        shards_module.write_shard(shard.path(FEATURES), shard, values, labels, ORIGIN, dtype)
+        shards_module.write_shard(
+            shard.path(FEATURES), shard, Encoded(values, labels), ORIGIN, dtype
+        )
     return shards
 
 
@@ -410,7 +412,7 @@ def test_a_shard_is_whole_only_if_it_is_of_exactly_that_origin() -> None:
 
 def test_a_flipped_bit_of_a_shard_is_refused_by_name_or_changes_nothing() -> None:
     path = write_split()[1].path(FEATURES)
-    whole, (values, labels, _) = path.read_bytes(), shards_module.read_shard(path)
+    whole, (values, labels, *_) = path.read_bytes(), shards_module.read_shard(path)
     harmful = 0
     for position in range(len(whole)):
         path.unlink()  # a mapped file must not change under its readers
@@ -429,7 +431,7 @@ def test_a_flipped_bit_of_a_shard_is_refused_by_name_or_changes_nothing() -> Non
 def test_a_flipped_feature_is_caught_by_the_checksum(values: Tensor) -> None:
     shard = Shard("train", 0, 0, 5, 5)
     path = shard.path(FEATURES)
-    shards_module.write_shard(path, shard, values, np.arange(5), ORIGIN, "float32")
+    shards_module.write_shard(path, shard, Encoded(values, np.arange(5)), ORIGIN, "float32")
     whole, column = path.read_bytes(), values.numpy().tobytes()
     start = whole.index(column)
     path.unlink()
@@ -479,7 +481,7 @@ def test_features_that_are_not_finite_are_not_written_and_their_row_is_named(val
     path = shard.path(FEATURES)
     values[3, 1] = value
     with pytest.raises(InputError, match=r"of test hold NaN or infinite.*row 43"):
-        shards_module.write_shard(path, shard, values, np.arange(5), ORIGIN, "float32")
+        shards_module.write_shard(path, shard, Encoded(values, np.arange(5)), ORIGIN, "float32")
     assert not path.exists()
 
 
@@ -489,9 +491,9 @@ def test_features_too_large_for_float16_are_not_written() -> None:
     path = shard.path(FEATURES)
     values[2, 0] = 65520  # rounds to infinity
     with pytest.raises(InputError, match=r"as float16 \(first in row 2\).*or store float32"):
-        shards_module.write_shard(path, shard, values, np.arange(5), ORIGIN, "float16")
+        shards_module.write_shard(path, shard, Encoded(values, np.arange(5)), ORIGIN, "float16")
     assert not path.exists()
-    shards_module.write_shard(path, shard, values, np.arange(5), ORIGIN, "float32")
+    shards_module.write_shard(path, shard, Encoded(values, np.arange(5)), ORIGIN, "float32")
 
 
 def test_an_encoder_that_gives_maps_is_refused() -> None:

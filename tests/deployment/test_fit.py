@@ -136,7 +136,7 @@ def test_shards_of_something_else_are_made_again(
     fit(train)
     expected = 0
     if what == "damaged":
-        shard = tmp_path / "features" / "train-00001.safetensors"
+        shard = tmp_path / "features" / "train" / "00001.arrow"
         data = bytearray(shard.read_bytes())
         data[-3] ^= 1
         shard.write_bytes(data)

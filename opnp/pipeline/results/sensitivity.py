@@ -1,20 +1,19 @@
 """The sensitivities of the head that `sensitivity` has written."""
 
-from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opnp.errors import InputError
 from opnp.pipeline.results.reading import reading, stale
-from opnp.pruning.sensitivity import Sensitivity, SensitivitySums, halved
+from opnp.pruning.sensitivity import Sensitivity, SensitivitySums, of_halves
 from opnp.runtime import tensors
 from opnp.runtime.files import read_json
 
 if TYPE_CHECKING:
     from opnp.pipeline.results.run import Run
 
-__all__ = ["NAMES", "read", "read_settings", "read_sums", "together"]
+__all__ = ["NAMES", "read", "read_settings", "read_sums"]
 
 NAMES = ("weights", "neurons_mean", "neurons_gradient", "neurons_taylor")
 """The tensors of each half of the training samples at each setting."""
@@ -63,11 +62,6 @@ def read_sums(path: Path) -> tuple[list[SensitivitySums], dict[str, Any]]:
     return sums, metadata
 
 
-def together(sums: Sequence[SensitivitySums]) -> list[Sensitivity]:
-    """The sensitivity at each setting, from the sums over either half of the samples."""
-    return [halved(*pair) for pair in zip(sums[::2], sums[1::2], strict=True)]
-
-
 def read(run: "Run") -> list[Sensitivity]:
     """The sensitivity at every clip and temperature, in the order of `read_settings`.
 
@@ -83,4 +77,4 @@ def read(run: "Run") -> list[Sensitivity]:
         raise stale(path, "another backbone", "sensitivity")
     if settings != run.settings:
         raise stale(path, "other clips or temperatures", "sensitivity")
-    return together(total)
+    return of_halves(total)

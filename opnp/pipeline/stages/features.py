@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from opnp.backbones import backbone, encoding, heads, networks, shards
-from opnp.backbones.shards import Shard
+from opnp.backbones.shards import Encoded, Shard
 from opnp.data import decoding, imagesets, proxies
 from opnp.errors import InputError
 from opnp.pipeline.code import code_digest
@@ -88,18 +88,18 @@ def compute(workspace: Workspace, parameters: Parameters, shard: Shard) -> bool:
     """
     run, settings = Run(workspace, parameters), parameters.features
     path, source = made(workspace, shard), made_from(run, shard)
-    if shards.is_whole(path, shard, source):
-        return False
-    device = devices.device()
-    encoder = encoder_on(run, device)
-    images, labels = open_images(run, shard.split, shard.start, shard.stop)
-    starts = range(shard.start, shard.stop, settings.batch_size)
-    rows = [range(at, min(at + settings.batch_size, shard.stop)) for at in starts]
-    with devices.deterministic(threads=1):
-        batches = ahead(images, rows, decoders(parameters, device))
-        encoded = encoding.encode(encoder, batches, device, settings.precision)
-    shards.write_shard(path, shard, encoded, labels, source, settings.dtype)
-    return True
+
+    def work() -> Encoded:
+        device = devices.device()
+        encoder = encoder_on(run, device)
+        images, labels = open_images(run, shard.split, shard.start, shard.stop)
+        starts = range(shard.start, shard.stop, settings.batch_size)
+        rows = [range(at, min(at + settings.batch_size, shard.stop)) for at in starts]
+        with devices.deterministic(threads=1):
+            batches = ahead(images, rows, decoders(parameters, device))
+            return Encoded(encoding.encode(encoder, batches, device, settings.precision), labels)
+
+    return shards.write_once(path, shard, source, work, settings.dtype)
 
 
 def finish(workspace: Workspace, planned: Sequence[Shard]) -> None:

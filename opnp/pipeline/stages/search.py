@@ -11,7 +11,7 @@ from opnp.pipeline.results import Run
 from opnp.pipeline.results.times import add_times
 from opnp.pruning.candidates import Trial, setting_of, trial_record
 from opnp.pruning.methods import METHODS
-from opnp.pruning.search import SearchResult, choice_record, search_masks
+from opnp.pruning.search import SearchResult, search_masks, search_record
 from opnp.runtime import devices
 from opnp.runtime.files import write_json
 from opnp.runtime.progress import track
@@ -48,11 +48,9 @@ def run(workspace: Workspace, parameters: Parameters) -> SearchResult:
     write_json(
         workspace.search,
         {
-            "unpruned": trial_record(result.trials[0], run.percentiles),
-            **{name: choice_record(result.choices[name], run.percentiles) for name in METHODS},
+            **search_record(result, run.percentiles, [*METHODS]),
             "backbone": run.backbone_stated.sha256,
             "parameters": settings.model_dump(),
-            "candidates": len(result.trials),
             "proxies": settings.proxies,
             "outliers": list(settings.outliers),
             "validation_samples": len(h),

@@ -10,11 +10,17 @@ from opnp.pipeline.code import code_digest
 from opnp.pipeline.parameters import Parameters
 from opnp.pipeline.results import Run
 from opnp.pipeline.results.reading import reading
-from opnp.pipeline.results.sensitivity import NAMES, read_sums, together
+from opnp.pipeline.results.sensitivity import NAMES, read_sums
 from opnp.pruning import energy
 from opnp.pruning import sensitivity as formulas
 from opnp.pruning.clipping import clip_thresholds
-from opnp.pruning.sensitivity import Sensitivity, SensitivitySums
+from opnp.pruning.sensitivity import (
+    Sensitivity,
+    SensitivitySums,
+    added,
+    of_halves,
+    sums_of_halves,
+)
 from opnp.runtime import devices, tensors
 from opnp.runtime.files import digest, remove_others, write_json
 from opnp.runtime.progress import track
@@ -43,7 +49,7 @@ def plan(workspace: Workspace, parameters: Parameters) -> list[str]:
     if percentiles := [each for each in parameters.search.clip if each is not None]:
         with reading(workspace.shards("train"), "features"):
             thresholds = clip_thresholds(
-                lambda: (shards.read_shard(path)[0] for path in paths), percentiles
+                lambda: (shards.read_shard(path).features for path in paths), percentiles
             )
         clips = dict(zip(map(str, percentiles), thresholds, strict=True))
         if len(set(clips.values())) < len(clips):
@@ -103,15 +109,10 @@ def compute(workspace: Workspace, parameters: Parameters, name: str) -> bool:
     head = Run(workspace, parameters).backbone_on(device).classifier.head
     path = features_of(workspace, name)
     with reading(path, "features"):
-        h, _, _ = shards.read_shard(path)
-    halves = (h[::2].to(device), h[1::2].to(device))
-    bias = energy.bias_of(head)
+        h = shards.read_shard(path).features.to(device)
+    points = [(each["threshold"], each["temperature"]) for each in source["settings"]]
     with devices.deterministic(threads=1):
-        sums = [
-            SensitivitySums.of(half, head.weight, bias, each["temperature"], each["threshold"])
-            for each in source["settings"]
-            for half in halves
-        ]
+        sums = sums_of_halves(h, head.weight, energy.bias_of(head), points)
     write_sums(file, sums, source)
     return True
 
@@ -121,11 +122,11 @@ def finish(workspace: Workspace, planned: Sequence[str]) -> list[Sensitivity]:
     files = [made(workspace, name) for name in planned]
     total, metadata = read_sums(files[0])
     for file in files[1:]:
-        total = [a + b for a, b in zip(total, read_sums(file)[0], strict=True)]
+        total = added(total, read_sums(file)[0])
     kept = {key: metadata[key] for key in ("backbone", "settings")}
     write_sums(workspace.sensitivity, total, kept)
     remove_others(workspace.sensitivity.parent, {workspace.sensitivity, workspace.clips, *files})
-    return together(total)
+    return of_halves(total)
 
 
 def write_sums(path: Path, sums: Sequence[SensitivitySums], metadata: dict[str, Any]) -> None:
