@@ -114,8 +114,8 @@ def test_wrong_options_exit_with_2(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("opnp", "stage", "search"), "run `opnp stage sensitivity`.\n"),
-        (("python", "-m", "flows.search"), "run `python -m flows.sensitivity`.\n"),
+        (("opnp", "stage", "search"), "run `opnp stage train`.\n"),
+        (("python", "-m", "flows.search"), "run `python -m flows.train`.\n"),
     ],
 )
 def test_remedies_are_in_the_words_of_the_program(
