@@ -1,4 +1,4 @@
-"""Manifests: tables that list paths of image files, with labels and splits."""
+"""Read manifests: tables that list paths of image files, with labels and splits."""
 
 import os
 import re
@@ -65,7 +65,7 @@ def open_manifest(path: Path, part: str | None) -> Source:
 
 
 def read_manifest(path: Path, needed: tuple[str, ...]) -> dict[str, list[str]]:
-    """The columns of a manifest, as text."""
+    """Read the columns of a manifest as text; the needed ones have a value in every row."""
     try:
         if path.suffix == ".csv":
             text = {name: pa.string() for name in ("path", "label", "split")}
@@ -92,7 +92,7 @@ def read_manifest(path: Path, needed: tuple[str, ...]) -> dict[str, list[str]]:
 
 
 def inside(manifest: Path, row: int, place: str) -> str:
-    """The path of a manifest's row, which must not lead out of the manifest's folder."""
+    """The path in a row of a manifest, which must not lead out of the manifest's folder."""
     full = os.path.join(manifest.parent, place)  # noqa: PTH118
     try:
         stays = Path(full).resolve().is_relative_to(manifest.parent.resolve())

@@ -483,7 +483,7 @@ def test_collections_of_pytorch_ood_are_ood_sets(monkeypatch: pytest.MonkeyPatch
     from pytorch_ood.dataset.img import LSUNCrop
 
     monkeypatch.setattr(LSUNCrop, "url", "http://127.0.0.1:9/LSUN.tar.gz")
-    with pytest.raises(UnavailableError, match=r"could not be had from http://127\.0\.0\.1:9/"):
+    with pytest.raises(UnavailableError, match=r"could not be downloaded from http://127\.0\.0\.1:9/"):
         ood("pytorch-ood:LSUNCrop")
 
 
@@ -501,7 +501,7 @@ def test_sets_whose_files_are_missing_are_refused_or_left_out_and_recorded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     far = {"letters": "letters", "isun": "downloads/isun", "mine": "absent.csv"}
-    with pytest.raises(MissingError, match=r"OOD set isun is downloads/isun.*github\.com/facebook"):
+    with pytest.raises(MissingError, match=r"OOD set isun, downloads/isun .*github\.com/facebook"):
         fetch.run(parameters_with(far=far))
     assert not Path("data").exists()
     skipping = parameters_with(far=far, missing="skip")
@@ -520,7 +520,7 @@ def test_a_run_needs_one_ood_set_and_the_id_set(monkeypatch: pytest.MonkeyPatch)
     absent = {"far": {"isun": "downloads/isun"}, "near": {}, "missing": "skip"}
     with pytest.raises(MissingError, match="None of the OOD sets is there"):
         fetch.run(parameters_with(**absent))
-    with pytest.raises(MissingError, match=r"data\.id is downloads/imagenet.*https://image-net"):
+    with pytest.raises(MissingError, match=r"ID source downloads/imagenet .*https://image-net"):
         fetch.run(parameters_with(id="downloads/imagenet"))
     # Files that are there and broken are no missing ones, nor is a misspelt name.
     Path("mine.parquet").write_text("broken")
@@ -562,7 +562,7 @@ def test_a_preset_is_valid_and_says_where_its_files_are_had(
     for spec in (chosen.data.id, *chosen.data.near.values(), *chosen.data.far.values()):
         if spec.startswith("downloads/"):
             with pytest.raises(MissingError, match="get it from") as stop:
-                sources.require(spec, "data.id")
+                sources.require(spec, "The source")
             home = str(stop.value).rsplit(" ", 1)[1].rstrip(".")
             assert home in text, spec
         elif ":" in spec:
@@ -575,7 +575,7 @@ def test_a_preset_runs_on_what_is_there(capsys: pytest.CaptureFixture[str]) -> N
     """ImageNet's protocol in OpenOOD's folders, with scans for photographs."""
     chosen = parameters.load(ROOT / "presets/openood-imagenet.yaml")
     chosen = chosen.model_copy(update={"data": chosen.data.model_copy(update={"image_size": 8})})
-    with pytest.raises(MissingError, match=r"data\.id is downloads/imagenet.*https://image-net"):
+    with pytest.raises(MissingError, match=r"ID source downloads/imagenet .*https://image-net"):
         fetch.run(chosen)
     saved(Path("downloads/imagenet/train"), 300)
     saved(Path("downloads/imagenet/val"), 30)

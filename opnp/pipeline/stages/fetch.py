@@ -50,12 +50,12 @@ def begin(parameters: Parameters) -> None:
             raise InputError(
                 f"The source {spec} lies in {workspace.DATA}/, which fetch replaces: move it away."
             )
-    sources.require(data.id, "data.id")
+    sources.require(data.id, "The ID source")
     tests = [name for name, (role, _) in ood_sets(parameters).items() if role in KINDS]
     absent = []
     for name, (_, source) in ood_sets(parameters).items():
         try:
-            sources.require(source, f"The OOD set {name.split('/')[1]}")
+            sources.require(source, f"The source of the OOD set {name.split('/')[1]},")
         except MissingError as error:
             if data.missing == "refuse" or name not in tests:
                 raise
