@@ -20,7 +20,7 @@ from opnp.deployment import score
 from opnp.errors import InputError
 from opnp.pipeline import parameters
 from opnp.pipeline.parameters import Parameters
-from opnp.runtime.files import digest, read_json, write_json
+from opnp.runtime.files import read_json, write_json
 from opnp.tracking import registry
 from opnp.tracking.mlflow_client import experiment_name
 from opnp.workspace import Workspace
@@ -36,7 +36,7 @@ def new_images(workspace: Workspace, folder: Path) -> tuple[Images, list[str]]:
     found = images.find(folder)
     seen = read_json(workspace.monitored) if workspace.monitored.exists() else {}
     before = set(seen.get(str(folder.resolve()), []))
-    of = {digest(path): row for row, path in reversed(list(enumerate(found.paths)))}
+    of = {digest: row for row, digest in reversed(list(enumerate(found.digests())))}
     rows = {sha256: row for sha256, row in of.items() if sha256 not in before}
     return found.select(list(rows.values())), list(of)
 
@@ -84,6 +84,8 @@ def watch(workspace: Workspace, folder: Path, chosen: Parameters) -> bool:
     if share > limit:
         ask(folder, share)
     unreadable = len(summary.unreadable)
+    for told in summary.unreadable:
+        print(f"monitor: left out: {told}")
     log(workspace, folder, {"flagged": share, "images": summary.images, "unreadable": unreadable})
     seen = read_json(workspace.monitored) if workspace.monitored.exists() else {}
     write_json(workspace.monitored, seen | {str(folder.resolve()): sorted(everything)})

@@ -11,9 +11,9 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from io import BytesIO
+from io import BufferedReader, BytesIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
@@ -41,6 +41,8 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # what makes an image upright, by its orientation
+
+Encoded = BytesIO | BufferedReader
 
 warnings.simplefilter("error", Image.DecompressionBombWarning)  # also where other libraries decode
 
@@ -109,7 +111,7 @@ def printable(name: str | Path) -> str:
 
 
 @contextmanager
-def opened(data: bytes | Path) -> Iterator[IO[bytes]]:
+def opened(data: bytes | Path) -> Iterator[Encoded]:
     """Encoded bytes as a file, after a look at whether it is a regular one of sensible size."""
     if isinstance(data, bytes):
         if not data:
@@ -126,7 +128,7 @@ def opened(data: bytes | Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def identified(file: IO[bytes], where: str, pixels: int) -> ImageFile.ImageFile:
+def identified(file: Encoded, where: str, pixels: int) -> ImageFile.ImageFile:
     """The image whose header a file holds, not decoded yet.
 
     Raises:
@@ -161,7 +163,7 @@ def check_size(image: Image.Image, where: str, pixels: int = PIXELS) -> None:
     )
 
 
-def shrink(image: ImageFile.ImageFile, file: IO[bytes], where: str, copies: int = 1) -> None:
+def shrink(image: ImageFile.ImageFile, file: Encoded, where: str, copies: int = 1) -> None:
     """Have a JPEG that would take too much memory decoded at a fraction of its size.
 
     Args:
@@ -190,7 +192,7 @@ def shrink(image: ImageFile.ImageFile, file: IO[bytes], where: str, copies: int 
     )
 
 
-def cost(image: ImageFile.ImageFile, file: IO[bytes]) -> float:
+def cost(image: ImageFile.ImageFile, file: Encoded) -> float:
     """Bytes for each pixel that decoding takes beside the decoded image, measured (Pillow 13)."""
     bands = len(image.getbands())
     about: Any = image
@@ -214,7 +216,7 @@ def cost(image: ImageFile.ImageFile, file: IO[bytes]) -> float:
     return 0
 
 
-def in_one_scan(image: ImageFile.ImageFile, file: IO[bytes]) -> bool:
+def in_one_scan(image: ImageFile.ImageFile, file: Encoded) -> bool:
     """Whether the first scan of a JPEG holds all of its components, and it is not progressive.
 
     Only then is it decoded row by row. A file that is oddly built counts as one that is not.

@@ -32,9 +32,7 @@ class Passed(Counter[str]):
         if self:
             kinds = ", ".join(f"{count} {kind}" for kind, count in self.most_common(8))
             more = ", …" if len(self) > 8 else ""
-            log.warning(
-                "%s: %d files are passed over: %s%s", printable(folder), self.total(), kinds, more
-            )
+            log.warning("%s: files passed over: %s%s", printable(folder), kinds, more)
 
 
 def open_tree(folder: Path, part: str | None) -> Source:
@@ -69,7 +67,7 @@ def open_tree(folder: Path, part: str | None) -> Source:
                 paths.append(path)
                 labels.append(number.get(top, -1))
             else:
-                passed["images in no folder of a class"] += 1
+                passed["in no folder of a class"] += 1
         splits[split] = Split.of(Files(paths), np.array(labels, np.int64))
     passed.tell(folder)
     if part is not None and not any(map(len, splits.values())):
@@ -106,10 +104,10 @@ def splits_of(folder: Path, passed: Passed) -> dict[str, Path]:
     if loose := sum(is_image(entry) for entry in visible(folder)):
         if len(found) == 1:
             raise InputError(
-                f"{printable(folder)} holds {loose} images and a folder {like[0]} named like a "
-                "split, so that it is unclear which images are meant: name the folder, or move it."
+                f"{printable(folder)} holds images ({loose}) beside a folder named like a split "
+                f"({like[0]}), so that it is unclear which are meant: name the folder, or move it."
             )
-        passed["images beside its splits"] += loose
+        passed["images beside the splits"] += loose
     return {split: folder / name for split, name in found.items()}
 
 

@@ -1,7 +1,6 @@
-"""Images that need no files of their own: scans, letters, photographs and noise that ship with the
-libraries or are made on the spot.
+"""Images that need no files: scans and photographs that ship with libraries, and drawn ones.
 
-Everything random is drawn from a generator of the caller's; what is made goes on without end.
+Letters, patches and noise are drawn without end, from a generator that the caller gives.
 """
 
 from collections.abc import Iterator
@@ -14,14 +13,14 @@ from opnp.data.splits import Example
 
 __all__ = ["noise", "photo_patches", "rendered_letters", "scanned_digits"]
 
-# Upper and lower case, without the letters that a digit classifier may rightly take for a digit.
+# Upper and lower case, without letters that look like digits.
 LETTERS = "ACEFHJKLMNPRTUVWXYadefhjkmnprtuvwxy"
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono")
 CANVAS = 96  # pixels: letters are drawn large and scaled down, as a scan would be
 
 
 def scanned_digits() -> Iterator[Example]:
-    """scikit-learn's 1,797 handwritten digits, scanned to 8 × 8 pixels of 17 grey levels."""
+    """scikit-learn's 1,797 handwritten digits: scans of 8 × 8 pixels in 17 grey levels."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -31,7 +30,7 @@ def scanned_digits() -> Iterator[Example]:
 
 
 def rendered_letters(size: int, rng: np.random.Generator) -> Iterator[Example]:
-    """Letters in the fonts that ship with matplotlib, white on black, a little askew."""
+    """Letters in the fonts that ship with matplotlib: white on black, slightly rotated."""
     import matplotlib
 
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
@@ -48,7 +47,7 @@ def rendered_letters(size: int, rng: np.random.Generator) -> Iterator[Example]:
 
 
 def photo_patches(rng: np.random.Generator) -> Iterator[Example]:
-    """Square patches, 24 to 160 pixels wide, of scikit-learn's two photographs."""
+    """Square patches of scikit-learn's two photographs, 24 to 160 pixels wide."""
     from sklearn.datasets import load_sample_images
 
     photos = [Image.fromarray(photo) for photo in load_sample_images().images]
@@ -61,7 +60,7 @@ def photo_patches(rng: np.random.Generator) -> Iterator[Example]:
 
 
 def noise(size: int, rng: np.random.Generator) -> Iterator[Example]:
-    """Impulse noise, stripes and exponential noise in turn, which no proxy outlier imitates."""
+    """Impulse noise, stripes and exponential noise in turn; no family of proxies imitates them."""
     while True:
         impulses = np.full((size, size), rng.integers(256))
         hit = rng.random((size, size)) < rng.uniform(0.1, 0.5)

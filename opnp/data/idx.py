@@ -1,4 +1,4 @@
-"""IDX files, the format of MNIST."""
+"""Read IDX files, the format of MNIST."""
 
 import gzip
 import hashlib
@@ -23,7 +23,7 @@ DEFLATED = 1032  # DEFLATE makes nothing smaller than by this factor
 
 
 def open_idx(folder: Path, part: str | None) -> Source:
-    """``train-`` and ``t10k-images-idx3-ubyte`` with their labels, plain or .gz, as MNIST has."""
+    """Open ``train-`` and ``t10k-images-idx3-ubyte`` with their labels, plain or .gz."""
     wanted = divided({"train": "train", "test": "t10k"}, part, folder)
     splits = {name: idx_split(folder, prefix) for name, prefix in wanted.items()}
     count = int(next(iter(splits.values())).labels.max(initial=-1)) + 1
@@ -77,12 +77,21 @@ class Pixels(Rows):
 
 
 def read_idx(path: Path) -> NDArray[np.uint8]:
-    """Map an IDX file of unsigned bytes, plain or gzipped (the format's home: the MNIST page).
+    """Map an IDX file of unsigned bytes, plain or gzipped, into memory.
 
-    A gzipped one is unpacked into a temporary file, no further than its header says.
+    A gzipped file is unpacked into a temporary file, no further than its header says.
+
+    Args:
+        path: the file's path without ``.gz``.
+
+    Returns:
+        Its contents, uint8, of the shape that it states.
 
     Raises:
         InputError: the file is missing, truncated or of another format.
+
+    Source:
+        The format is described on the page of the MNIST database.
     """
     packed = path.with_name(path.name + ".gz")
     plain = path.exists()

@@ -28,9 +28,9 @@ class Batch:
     """Some images, decoded and preprocessed.
 
     Attributes:
-        rows: of those that could be read.
-        pixels: theirs, each uint8 (H, W, C).
-        lost: the reason why another could not be read, by row.
+        rows: rows of the images that could be read.
+        pixels: their pixels, each uint8 (H, W, C).
+        lost: why the others could not be read, by row.
     """
 
     rows: list[int]
@@ -43,7 +43,7 @@ class Images:
     """Images of one or more sources.
 
     Attributes:
-        source: where they were found, in words.
+        source: where the images were found, in words.
         classes: names of the sources' own classes, if they have any.
         split: the images, with labels among these classes.
     """
@@ -60,7 +60,7 @@ class Images:
         """Paths of the images.
 
         Raises:
-            InputError: one is no file of its own, but a row of another.
+            InputError: an image is a row of a larger file.
         """
         paths = [self.split.path(row) for row in range(len(self))]
         if None in paths:
@@ -73,15 +73,20 @@ class Images:
         return self.split.name(row)
 
     def select(self, rows: Sequence[int]) -> "Images":
-        """These images alone, in this order."""
+        """Only these images, in this order."""
         split = self.split.select(rows, self.split.labels[list(rows)])
         return Images(self.source, self.classes, split)
 
     def states(self, rows: Sequence[int]) -> list[object]:
-        """The names of images and what differs once one is another, as JSON has it."""
+        """The name of each image with what differs once its file is another, as JSON values."""
         with ThreadPoolExecutor(DECODERS) as pool:
             found = pool.map(self.split.state, rows)
             return [[self.name(row), state] for row, state in zip(rows, found, strict=True)]
+
+    def digests(self) -> list[str]:
+        """The SHA-256 of each image's bytes; of images that cannot be read, the name."""
+        found = in_threads(self.split.content, len(self))
+        return [each.hex() if each else self.name(row) for row, each in enumerate(found)]
 
     def also_in(self, other: "Images") -> list[int]:
         """Rows of the images that are among others as well.
@@ -99,13 +104,19 @@ class Images:
         return [row for row, content in zip(ours, found, strict=True) if content in known]
 
     def labels(self, classes: Sequence[str]) -> NDArray[np.int64] | None:
-        """Labels (N,) among a model's classes; None if no image is of a class named like one.
+        """Labels among a model's classes, found by the names of classes.
 
-        A source whose classes are the numbers from 0 on, as many as the model has classes, numbers
-        these, unless they have such names themselves.
+        If the source's classes are the numbers from 0 to the number of the model's classes − 1,
+        they are indices of the model's classes, unless these are called by numbers themselves.
+
+        Args:
+            classes: names of the model's classes, in the order of its logits.
+
+        Returns:
+            Labels, int64 (N,); None if no image belongs to a class named like one of the model's.
 
         Raises:
-            InputError: some images are of such classes, and others are not.
+            InputError: only some of the images belong to such classes.
         """
         place = {name: label for label, name in enumerate(classes)}
         numbers = {str(label): label for label in range(len(classes))}
@@ -118,7 +129,7 @@ class Images:
         if (labels < 0).any():
             row = int(np.argmax(labels < 0))
             own = int(self.split.labels[row])
-            odd = "one of no class" if own < 0 else f"of the class {self.classes[own]!r}"
+            odd = "one of no class" if own < 0 else f"one of the class {self.classes[own]!r}"
             raise InputError(
                 f"{self.source} holds images of some of the model's classes, but also {odd} "
                 f"({self.name(row)}): name all classes, or folders, like the model's, or none."
@@ -128,7 +139,7 @@ class Images:
     def batches(
         self, preprocessing: Preprocessing, rows: Sequence[int], size: int
     ) -> Iterator["Batch"]:
-        """Preprocessed images, ``size`` at a time; the next are decoded while these are used."""
+        """Preprocess images in batches of ``size``; the next is decoded while one is used."""
 
         def read(row: int) -> NDArray[np.uint8] | InputError:
             try:
@@ -155,15 +166,15 @@ def in_threads(work: Callable[[int], T], count: int) -> Iterator[T]:
 
 
 def find(*places: str | Path, part: str = "test", asked: str = "") -> Images:
-    """Images of sources, as `opnp.data.sources.open_part` opens them.
+    """Find the images of sources, as `opnp.data.sources.open_part` opens them.
 
     Args:
         places: image files, folders, Parquet files, manifests, ``torchvision:NAME``, …
-        part: ``train``, ``validation`` or ``test``: of sources that are divided.
-        asked: the option that names them, for error messages.
+        part: the part to take of divided sources: ``train``, ``validation`` or ``test``.
+        asked: what the caller calls the sources, for error messages.
 
     Raises:
-        InputError: there is no such source, or it is broken, or there is no image.
+        InputError: a source does not exist or is damaged, or there are no images.
     """
     words, splits = [], []
     opened = [open_part(str(place), part, asked) for place in places]

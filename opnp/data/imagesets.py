@@ -1,4 +1,4 @@
-"""Image sets on disk: Parquet in the Hugging Face image layout, and a manifest of them."""
+"""Write and read image sets: Parquet in the Hugging Face image layout, and a manifest of them."""
 
 import hashlib
 import json
@@ -45,8 +45,8 @@ class ImageSet:
         count: number of images.
         classes: images of each class, by name; empty for OOD.
         sha256: of the Parquet file.
-        unreadable: images of the source that were left out, since they cannot be decoded; all of
-            the ID source's are named with ``train``.
+        unreadable: images of the source that cannot be read and were left out; those of the ID
+            source are all named with ``train``.
         also_id: images of an OOD set that are ID images, too.
     """
 
@@ -185,7 +185,7 @@ def write(
         with pq.ParquetWriter(
             temporary, schema, compression="none", write_page_checksum=True
         ) as writer:
-            # Fitted one by one: so many photographs in full would not fit in memory.
+            # Fitted one by one: a group of whole photographs would not fit in memory.
             while group := list(islice(remaining, ROW_GROUP)):
                 images = [
                     {"bytes": data, "path": f"{count + row:08d}.png"}
@@ -223,7 +223,9 @@ def digests(path: Path) -> Iterator[bytes]:
 
 
 def png(image: Image.Image) -> bytes:
+    """The file of an image, which depends on its pixels only."""
     buffer = BytesIO()
+    image.info.clear()  # profiles and the like
     # Stored, not deflated: the bytes of a deflated image depend on the zlib that is installed.
     image.save(buffer, "PNG", compress_level=0)
     return buffer.getvalue()
@@ -231,12 +233,12 @@ def png(image: Image.Image) -> bytes:
 
 @dataclass(frozen=True)
 class EncodedImages:
-    """Rows of a Parquet file of images that are read, but not decoded yet.
+    """Rows of a Parquet file of images that were read and are not decoded yet.
 
     Attributes:
         path: the file.
         start: the first row.
-        encoded: the images, as PNG or JPEG say.
+        encoded: the bytes of each image, as PNG or JPEG.
         labels: int64 (N,).
     """
 

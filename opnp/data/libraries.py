@@ -1,7 +1,7 @@
-"""Data sets of other libraries: torchvision's, and the OOD collections of pytorch-ood.
+"""Open data sets of other libraries: torchvision's, and the OOD collections of pytorch-ood.
 
-Files that are there are used as they are; others are downloaded to `downloads/`, where the machine
-may. The libraries unpack archives: here no member may leave its folder.
+Files in `downloads/` are used as they are; missing ones are downloaded if the machine has access.
+The libraries unpack archives: no member may be written outside of the target folder.
 """
 
 import hashlib
@@ -21,19 +21,19 @@ from opnp.errors import InputError, UnavailableError
 
 __all__ = ["LIBRARIES", "open_collection"]
 
-# The default of Python 3.14; not all of what pytorch-ood unpacks asks for it.
+# The default of Python 3.14; pytorch-ood does not always ask for it.
 tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
 
 DOWNLOADS = Path("downloads")
 LIBRARIES = ("torchvision", "pytorch-ood")
 
-# What the libraries call their splits, in the order in which they are asked for.
+# What the libraries call their splits, in the order in which they are tried.
 SPLITS = {
-    "train": ("train", "train-standard"),
-    "validation": ("val", "test"),
-    "test": ("test", "val"),
+    "train": ("train", "train-standard", "trainval"),
+    "validation": ("val", "valid", "validation", "test"),
+    "test": ("test", "val", "valid", "validation"),
 }
-# Arguments without which a data set would not be the common one, or would fill the disk.
+# Arguments that select the common version of a data set, or one that does not fill the disk.
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "INaturalist": {"version": "2021_valid"},
     "Places365": {"small": True},
@@ -45,13 +45,12 @@ def open_collection(spec: str, part: str | None = None) -> Source:
 
     Args:
         spec: ``torchvision:NAME`` or ``pytorch-ood:NAME``.
-        part: ``train``, ``validation`` or ``test``: of a data set that is divided one split is
-            opened, with labels where they are listed. Without it all is opened, and must be
-            labelled.
+        part: ``train``, ``validation`` or ``test``: of a divided data set one split is opened, with
+            labels if they are listed. Without it all images are opened, and must be labelled.
 
     Raises:
-        InputError: there is no such data set, or it has no labels.
-        UnavailableError: its files are not there and could not be downloaded.
+        InputError: the data set does not exist, or has no labels.
+        UnavailableError: files are missing and could not be downloaded.
     """
     library, _, name = spec.partition(":")
     if library == "pytorch-ood" and part is None:
@@ -77,10 +76,10 @@ def open_collection(spec: str, part: str | None = None) -> Source:
 
 
 def named(library: str, name: str) -> Any:
-    """The class of a data set.
+    """The library's class for a data set.
 
     Raises:
-        InputError: the library has none of this name that it can download.
+        InputError: the library has no data set of this name that it can download.
     """
     if library == "torchvision":
         from torchvision import datasets as found
@@ -96,7 +95,7 @@ def named(library: str, name: str) -> Any:
 
 
 def opened(spec: str, factory: Any, accepted: set[str], part: str) -> tuple[str, Any]:
-    """One split of a data set, with its name: from the files that are there, else downloaded."""
+    """One split of a data set, with its name: from files on the disk, else downloaded."""
     ours = spec.startswith("torchvision:")
     root = DOWNLOADS if ours else DOWNLOADS / "pytorch-ood"
     arguments = ARGUMENTS.get(factory.__name__, {}) if ours else {}
@@ -110,7 +109,7 @@ def opened(spec: str, factory: Any, accepted: set[str], part: str) -> tuple[str,
         try:
             try:
                 return name, factory(str(root), **arguments, **chosen)
-            except (OSError, RuntimeError):  # what is not there
+            except (OSError, RuntimeError):  # files are missing
                 root.mkdir(parents=True, exist_ok=True)
                 return name, factory(str(root), **arguments, **chosen, download=True)
         except (TypeError, ValueError, AssertionError) as error:  # no such split
@@ -120,8 +119,8 @@ def opened(spec: str, factory: Any, accepted: set[str], part: str) -> tuple[str,
             origin = f" from {home}" if isinstance(home, str) else ""
             reason = " ".join(str(error).split())
             raise UnavailableError(
-                f"{spec} could not be had{origin} ({reason}): put its files in {root}/ as the "
-                "library keeps them, or name a local folder instead."
+                f"{spec} could not be downloaded{origin} ({reason}): put its files in {root}/ as "
+                "the library keeps them, or name a local folder instead."
             ) from error
     raise InputError(f"{spec} cannot be opened as a set of images ({refused}): name another.")
 
@@ -169,12 +168,13 @@ class Items(Rows):
 
 
 def labels_of(dataset: Any, where: str, needed: bool) -> NDArray[np.int64]:
-    """Labels, int64 (N,), without decoding images where the data set lists them somewhere.
+    """Labels of a data set, without decoding images if it lists them.
 
-    Where they are not needed, and not listed or no numbers, they are −1.
+    Returns:
+        Labels, int64 (N,); −1 if they are not needed, and not listed or not numbers.
 
     Raises:
-        InputError: they are needed and no numbers.
+        InputError: labels are needed and are not numbers.
     """
     none = np.full(len(dataset), -1)
     try:

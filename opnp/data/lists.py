@@ -1,4 +1,4 @@
-"""Manifests: tables that list paths of image files, with labels and splits."""
+"""Read manifests: tables that list paths of image files, with labels and splits."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from opnp.data.decoding import printable
 from opnp.data.parquet import IMAGE_COLUMNS, column_names
-from opnp.data.parts import divided, split_named
+from opnp.data.parts import divided, splits_named
 from opnp.data.splits import Files, Source, Split
 from opnp.errors import InputError, first_line
 
@@ -35,14 +35,15 @@ def open_manifest(path: Path, part: str | None) -> Source:
     columns = read_manifest(path, ("path", "label") if part is None else ("path",))
     places = [inside(path, row, place) for row, place in enumerate(columns["path"])]
     labels = columns.get("label", [""] * len(places))
-    known = set(filter(None, labels))
-    numbers = all(re.fullmatch(r"\d{1,18}", label) for label in known)
-    classes = sorted(known, key=(lambda label: (int(label), label)) if numbers else None)
+    names = set(filter(None, labels))
+    numbers = all(re.fullmatch(r"\d{1,18}", label) for label in names)
+    classes = sorted(names, key=(lambda label: (int(label), label)) if numbers else None)
     number = {name: label for label, name in enumerate(classes)}
     rows: dict[str, list[int]] = {}
-    for row, named in enumerate(columns.get("split", ["all"] * len(places))):
-        split = split_named(named or "") if "split" in columns else named
-        if split is None:
+    listed = [each or "" for each in columns.get("split", [])]
+    known = splits_named(set(listed)) if listed else {"all": "all"}
+    for row, named in enumerate(listed or ["all"] * len(places)):
+        if (split := known[named]) is None:
             raise InputError(
                 f"Row {row} of {path} is of split {named!r}, and known are train, validation and "
                 "test: correct it."
@@ -65,7 +66,7 @@ def open_manifest(path: Path, part: str | None) -> Source:
 
 
 def read_manifest(path: Path, needed: tuple[str, ...]) -> dict[str, list[str]]:
-    """The columns of a manifest, as text."""
+    """Read the columns of a manifest as text; the needed ones have a value in every row."""
     try:
         if path.suffix == ".csv":
             text = {name: pa.string() for name in ("path", "label", "split")}
@@ -92,7 +93,7 @@ def read_manifest(path: Path, needed: tuple[str, ...]) -> dict[str, list[str]]:
 
 
 def inside(manifest: Path, row: int, place: str) -> str:
-    """The path of a manifest's row, which must not lead out of the manifest's folder."""
+    """The path in a row of a manifest, which must not lead out of the manifest's folder."""
     full = os.path.join(manifest.parent, place)  # noqa: PTH118
     try:
         stays = Path(full).resolve().is_relative_to(manifest.parent.resolve())

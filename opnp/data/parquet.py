@@ -1,4 +1,4 @@
-"""Parquet files of images in the Hugging Face layout."""
+"""Read Parquet files of images in the layout of Hugging Face's `datasets`."""
 
 import hashlib
 import json
@@ -30,7 +30,7 @@ LABEL_COLUMNS = ("label", "labels", "fine_label")
 
 
 def class_names(path: Path) -> list[str]:
-    """Names of the classes, in the order of their labels, from a Parquet file's schema.
+    """Read the names of the classes from a Parquet file's schema, in the order of labels.
 
     Raises:
         InputError: the file is missing, damaged or names no classes.
@@ -100,7 +100,7 @@ def splits_in(paths: Sequence[Path], place: Path) -> dict[str, list[Path]]:
 
 
 def open_parquet(files: dict[str, list[Path]], part: str | None) -> Source:
-    """Images in Parquet files, which must agree on their classes if images must be labelled."""
+    """Open Parquet files, which must agree on their classes if images must be labelled."""
     labelled = part is None
     paths = [path for split in files.values() for path in split]
     names = class_names if labelled else names_if_any
@@ -109,7 +109,7 @@ def open_parquet(files: dict[str, list[Path]], part: str | None) -> Source:
     if others and labelled:
         raise InputError(f"{others[0]} names other classes than {paths[0]}: replace one of them.")
     splits = {name: parquet_split(split, labelled) for name, split in files.items()}
-    if not classes:  # then they are numbers, if there are no more of them than images
+    if not classes:  # then they are numbers, unless there are more of them than images
         labels = np.concatenate([split.labels for split in splits.values()])
         count = int(labels.max(initial=-1)) + 1
         classes = [str(label) for label in range(count)] if count <= len(labels) else []
@@ -119,7 +119,7 @@ def open_parquet(files: dict[str, list[Path]], part: str | None) -> Source:
 def names_if_any(path: Path) -> list[str]:
     try:
         return class_names(path)
-    except (TypeError, ValueError):  # a file that is damaged is told of when it is read
+    except (TypeError, ValueError):  # a damaged file is reported when it is read
         return []
 
 
@@ -210,9 +210,9 @@ def spooled(spool: IO[bytes], data: bytes) -> None:
 
 
 def parquet_rows(path: Path, labelled: bool) -> Iterator[tuple[pa.BinaryArray, NDArray[np.int64]]]:
-    """Encoded images and labels of a Parquet file, some at a time; −1 where there are none."""
+    """Encoded images and labels of a Parquet file, some at a time; labels are −1 if absent."""
     try:
-        # Buffered ahead, all that has been read would stay in memory.
+        # With buffering ahead, everything that was read would stay in memory.
         with pq.ParquetFile(path, pre_buffer=False) as file:
             names = file.schema_arrow.names
             image = next((name for name in IMAGE_COLUMNS if name in names), IMAGE_COLUMNS[0])

@@ -1,4 +1,4 @@
-"""How an image becomes the input of a backbone: mode, scale, crop, mean and standard deviation."""
+"""Turn images into the input of a backbone: mode, scale, crop, mean and standard deviation."""
 
 import json
 from collections.abc import Mapping
@@ -133,22 +133,22 @@ def fit_in_bands(
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What happens to an image before the encoder sees it; it travels with the weights.
+    """What happens to an image before the encoder sees it; stored with the weights.
 
-    Pillow scales, which antialiases always, as the evaluation transforms of torchvision and timm do
-    that are given Pillow's images.
+    Images are scaled by Pillow, with antialiasing, as the evaluation transforms of torchvision and
+    timm scale Pillow's images.
 
     Attributes:
         size: side of the square image in pixels.
         mode: ``L`` or ``RGB``, as in Pillow.
         mean: subtracted from pixels in [0, 1], one for each channel.
         std: divides what is left, one for each channel.
-        resize: the shorter side is scaled to so many pixels, then the centre is cropped; without
+        resize: the shorter side is scaled to this many pixels, then the centre is cropped; without
             it the largest square in the centre is cropped, then scaled.
         interpolation: ``bilinear`` or ``bicubic``.
 
     Raises:
-        InputError: one of them has no such value.
+        InputError: a value is out of range.
     """
 
     size: int
@@ -197,7 +197,7 @@ class Preprocessing:
         resize: int | None = None,
         interpolation: str = "bilinear",
     ) -> Self:
-        """Mean and standard deviation of the training images, uint8 (N, H, W, C)."""
+        """Measure mean and standard deviation on training images, uint8 (N, H, W, C)."""
         scaled = pixels.reshape(-1, pixels.shape[-1]).astype(np.float64) / 255
         return cls(
             size=pixels.shape[1],
@@ -210,10 +210,11 @@ class Preprocessing:
 
     @classmethod
     def stated(cls, values: Mapping[str, Any] | Path) -> Self:
-        """As `as_json` has it, or a file of JSON.
+        """Read the values from what `as_json` gives, or from a JSON file.
 
         Raises:
-            InputError: the file is missing or no JSON, or a value is absent, unknown or unsound.
+            InputError: the file is missing or not JSON, or a value is absent, unknown or out of
+                range.
         """
         where = "The preprocessing"
         if isinstance(values, Path):
@@ -235,7 +236,7 @@ class Preprocessing:
         return cls(**listed)
 
     def as_json(self) -> dict[str, Any]:
-        """By name, without what is as it is by default."""
+        """The values by name, without those that are the default."""
         values = ((each.name, getattr(self, each.name), each.default) for each in fields(self))
         return {name: value for name, value, default in values if value != default}
 
@@ -244,7 +245,14 @@ class Preprocessing:
         return len(self.mean)
 
     def pixels(self, image: Image.Image) -> NDArray[np.uint8]:
-        """An image of any size and mode, scaled and cropped, uint8 (H, W, C)."""
+        """Scale and crop an image of any size and mode.
+
+        Returns:
+            uint8 (H, W, C).
+
+        Raises:
+            InputError: see `fit`.
+        """
         fitted = fit(image, self.size, self.mode, self.resize, self.interpolation)
         return np.array(fitted).reshape(self.size, self.size, self.channels)
 
@@ -252,7 +260,7 @@ class Preprocessing:
         """Normalize images in [0, 1], float32 (N, C, H, W).
 
         Raises:
-            InputError: they are of another size, or have other channels.
+            InputError: the images have another size or other channels.
         """
         wanted = (self.channels, self.size, self.size)
         if tuple(images.shape[1:]) != wanted:

@@ -1,7 +1,6 @@
-"""Where images come from: a name of what ships with the libraries, of a data set of theirs, or the
-path of a user's own files.
+"""Open sources of images by one line: a name known here, a data set of a library, or a path.
 
-A source yields (image, label) pairs, one at a time; everything random in it is drawn from a
+A source yields (image, label) pairs, one at a time. Everything random in it is drawn from a
 generator seeded by the run's seed and the source's name, so that it never depends on other sources.
 """
 
@@ -12,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from opnp.data import generated
+from opnp.data.decoding import printable
 from opnp.data.files import open_files
 from opnp.data.libraries import LIBRARIES, open_collection
 from opnp.data.splits import Example, Rows, Source, Split, Unreadable
@@ -29,23 +29,27 @@ HOMES = {
     "downloads/isun": "https://github.com/facebookresearch/odin",
     "downloads/openood": "https://github.com/Jingkang50/OpenOOD",
 }
-"""Where the files are had that the presets want in `downloads/`."""
+"""Where to get the files that the presets expect in `downloads/`."""
 
 
-def require(spec: str, parameter: str) -> None:
-    """See that a file or folder that ``parameter`` names is there, before any long work.
+def require(spec: str, what: str) -> None:
+    """See that a source that is a file or folder exists, before any long work.
+
+    Args:
+        spec: the source.
+        what: names it in the error, such as "The ID source".
 
     Raises:
-        MissingError: it is not; the sentence says where it is had, if that is known.
+        MissingError: it does not exist; the error says where to get it, if that is known.
     """
     if is_path(spec) and not Path(spec).exists():
         home = next((page for at, page in HOMES.items() if Path(spec).is_relative_to(at)), None)
         remedy = f"get it from {home}" if home else "put it there, or name another"
-        raise MissingError(f"{parameter} is {spec}, which is not there: {remedy}.")
+        raise MissingError(f"{what} {spec} does not exist: {remedy}.")
 
 
 def is_path(spec: str) -> bool:
-    """Whether a spec is surely a path, not a misspelt name."""
+    """Whether a spec can only be a path, not a misspelt name."""
     return ":" not in spec and ("/" in spec or Path(spec).suffix in (".csv", ".parquet"))
 
 
@@ -58,11 +62,11 @@ def open_id(spec: str) -> Source:
             Face layout or of IDX files, of one such Parquet file, or of a manifest.
 
     Returns:
-        Class names, and the splits the source comes with: ``train`` and ``test``, or ``all`` where
-        it is not divided.
+        Class names, and the splits that the source comes with: ``train`` and ``test``, or ``all``
+        if it is not divided.
 
     Raises:
-        InputError: there is no such source, or its files are missing or broken.
+        InputError: the source does not exist, or its files are damaged.
     """
     if spec == "digits":
         images, labels = zip(*generated.scanned_digits(), strict=True)
@@ -70,12 +74,12 @@ def open_id(spec: str) -> Source:
         return Source([str(digit) for digit in range(10)], {"all": split})
     if spec.partition(":")[0] in LIBRARIES:
         return open_collection(spec)
-    require(spec, "data.id")
+    require(spec, "The ID source")
     if Path(spec).exists():
         return open_files(Path(spec))
     raise InputError(
-        f"data.id is {spec!r}, which is neither `digits`, `torchvision:NAME` nor a file or folder "
-        "of images: correct it."
+        f"The ID source {spec!r} is neither `digits`, `torchvision:NAME` nor a file or folder of "
+        "images: correct it."
     )
 
 
@@ -105,23 +109,23 @@ class Scans(Rows):
 
 
 def open_part(spec: str, part: str, asked: str = "") -> Source:
-    """Open one part of a source; images have labels, and the source classes, where it has any.
+    """Open one part of a source, with labels and classes if it has any.
 
     Args:
         spec: ``torchvision:NAME``, ``pytorch-ood:NAME``, one image, or a path as `open_id` takes,
             where a folder may hold images in any folders.
-        part: ``train``, ``validation`` or ``test``, see `opnp.data.parts`; of a source that is
-            not divided all is taken.
-        asked: the option that names it, for the error message.
+        part: ``train``, ``validation`` or ``test``, see `opnp.data.parts`; a source that is not
+            divided is taken whole.
+        asked: what the caller calls the source, for the error message.
 
     Raises:
-        InputError: there is no such source, or its files are missing or broken.
+        InputError: the source does not exist, or its files are damaged.
     """
     if spec.partition(":")[0] in LIBRARIES:
         return open_collection(spec, part)
     if not Path(spec).exists():
         raise MissingError(
-            f"{asked} {spec} is neither a file nor a folder, `torchvision:NAME` nor "
+            f"{asked} {printable(spec)} is neither a file nor a folder, `torchvision:NAME` nor "
             "`pytorch-ood:NAME`: correct it.".strip()
         )
     return open_files(Path(spec), part)
@@ -135,13 +139,13 @@ def open_ood(
     Args:
         spec: ``letters``, ``photo-patches``, ``noise`` or ``digits``; ``torchvision:NAME`` or
             ``pytorch-ood:NAME``; or a path as `open_id` takes, where a folder may hold images in
-            any folders. Of a source that is divided, the test split is taken.
-        size: side in pixels of the images that are made, not read.
+            any folders. Of a divided source the test split is taken.
+        size: side in pixels of images that are generated.
         seed: the run's seed.
-        unreadable: takes the images that cannot be decoded; without it the first is an error.
+        unreadable: takes the images that cannot be read; without it the first is an error.
 
     Raises:
-        InputError: there is no such source, or its files are missing or broken.
+        InputError: the source does not exist, or its files are damaged.
     """
     rng = generator(seed, spec)
     match spec:
@@ -158,11 +162,12 @@ def open_ood(
 
 
 def outside(spec: str) -> Source:
-    """The test part of an OOD source, which must be there."""
+    """The test part of an OOD source that is not made here."""
     require(spec, "The OOD source")
     if spec.partition(":")[0] not in LIBRARIES and not Path(spec).exists():
         raise InputError(
-            f"OOD source {spec!r} is neither a known name (letters, photo-patches, noise, digits, "
-            "torchvision:NAME, pytorch-ood:NAME) nor an existing file or folder: correct it."
+            f"The OOD source {spec!r} is neither a known name (letters, photo-patches, noise, "
+            "digits, torchvision:NAME, pytorch-ood:NAME) nor an existing file or folder: correct "
+            "it."
         )
     return open_part(spec, "test")

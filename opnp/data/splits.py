@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
-from opnp.data.decoding import decode, faults_of, printable
+from opnp.data.decoding import decode, faults_of, opened, printable
 from opnp.errors import InputError
 
 __all__ = ["Example", "Files", "Rows", "Source", "Split", "Unreadable"]
@@ -109,7 +109,8 @@ class Files(Rows):
         return next(iter(state_of(self.paths[row])), -1)
 
     def content(self, row: int) -> bytes:
-        return hashlib.sha256(Path(self.paths[row]).read_bytes()).digest()
+        with opened(Path(self.paths[row])) as file:
+            return hashlib.file_digest(file, "sha256").digest()
 
     def path(self, row: int) -> Path:
         return Path(self.paths[row])
@@ -206,7 +207,7 @@ class Split:
         """See `Rows.content`; None if the image cannot be read."""
         try:
             return self.rows.content(int(self.places[row]))
-        except (OSError, InputError):
+        except (OSError, ValueError):
             return None
 
     def select(self, rows: ArrayLike, labels: ArrayLike) -> "Split":

@@ -287,8 +287,13 @@ def search(
         measured: the sensitivities.
     """
     settings, preprocessing = features.settings, features.backbone.preprocessing
-    batches = validation.batches(preprocessing, rows, settings.batch_size)
-    pixels = np.stack([each for batch in batches for each in batch.pixels])
+    found = list(validation.batches(preprocessing, rows, settings.batch_size))
+    pixels = np.stack([each for batch in found for each in batch.pixels])
+    if lost := {row: str(error) for batch in found for row, error in batch.lost.items()}:
+        # They could be read before, when their features were made.
+        features.unreadable += lost.values()
+        kept = [at for at, row in enumerate(rows) if row not in lost]
+        h, truth = h[kept], truth[kept]
     images, sha256 = unit(pixels).numpy(), hashlib.sha256(pixels.data).hexdigest()
     outliers = {
         family: features.of_proxies(family, images, sha256).to(features.device)

@@ -2,11 +2,13 @@
 
 import csv
 import json
+import os
 import shutil
 import struct
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 import opnp
 from opnp.backbones.shards import read_shard
@@ -373,6 +376,115 @@ def test_a_table_of_scores_among_the_images_is_none_of_them(
     for _ in range(2):
         summary = score.score(detector, images.find("images"), Path("images/scores.parquet"))
         assert summary.images == len(files)
+
+
+def test_names_that_are_not_utf_8_are_escaped(files: Files, detector: SavedDetector) -> None:
+    odd = os.fsdecode(b"images/caf\xe9.png")
+    shutil.copy2(files[0], odd)
+    Path(os.fsdecode(b"images/cut\xe9.png")).write_bytes(files[0].read_bytes()[:60])
+    summary = score.score(detector, images.find("images"), Path("scores.parquet"))
+    assert "images/caf\\xe9.png" in pq.read_table("scores.parquet")["file"].to_pylist()
+    [told] = summary.unreadable
+    assert told.startswith("images/cut\\xe9.png is not a whole image")
+    assert len(images.find(odd)) == 1
+
+
+@pytest.mark.parametrize(
+    "fault", [MemoryError(), RecursionError("deep"), struct.error("short"), OverflowError("long")]
+)
+def test_an_image_whose_decoder_fails_oddly_is_left_out(
+    fault: Exception, files: Files, detector: SavedDetector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = PngImageFile.load
+
+    def odd(self: PngImageFile) -> object:
+        if str(getattr(self.fp, "name", "")) == str(files[3]):
+            raise fault
+        return load(self)
+
+    monkeypatch.setattr(PngImageFile, "load", odd)
+    found = images.find("images")
+    summary = score.score(detector, found, Path("scores.parquet"))
+    assert (summary.images, len(summary.unreadable)) == (len(files) - 1, 1)
+    assert summary.unreadable[0].startswith(f"{files[3]} is not a whole image")
+    judged = score.judge(detector, found, 16, "images")
+    assert (len(judged.rows), judged.unreadable) == (len(files) - 1, summary.unreadable)
+
+
+def test_images_that_vanish_during_a_fit_are_left_out(
+    own: Path, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = images.find(own / "images" / "train")
+    validation, search = images.find("images"), fit.search
+
+    def vanished(*given: Any) -> object:
+        files[4].unlink()
+        return search(*given)
+
+    monkeypatch.setattr(fit, "search", vanished)
+    made = fit.fit(
+        own_model.backbone(own), train, validation, Path("features"), own_model.QUICK
+    ).made
+    assert made["unreadable"] == [f"{files[4]} is missing: put it back, or leave it out."]
+
+
+# The same images
+
+
+def same(kind: str, files: Files) -> str:
+    """Those of `images`, by another path or in another way."""
+    match kind:
+        case "path":
+            return "./images/"
+        case "link":
+            Path("link").symlink_to("images")
+            return "link"
+        case "copy":
+            shutil.copytree("images", "copy")
+        case "other names":
+            for number, path in enumerate(files):
+                place = Path("other names", path.parent.name, f"{number}.png")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.link(path, place)
+        case "parquet":
+            return parquet(files)
+        case "manifest":
+            return manifest(files)
+    return kind
+
+
+@pytest.mark.parametrize("kind", ["path", "link", "copy", "other names", "parquet", "manifest"])
+def test_training_images_are_no_validation_images(
+    kind: str, own: Path, files: Files, tmp_path: Path
+) -> None:
+    train = images.find("images", part="train")
+    validation = images.find(same(kind, files), part="validation")
+    assert validation.also_in(train) == list(range(len(files)))
+    with pytest.raises(InputError, match=f"^All {len(files)} validation images .* are training"):
+        fit.fit(own_model.backbone(own), train, validation, tmp_path / "f", own_model.QUICK)
+    assert not (tmp_path / "f").exists()
+
+
+def test_images_in_both_are_counted(files: Files, caplog: pytest.LogCaptureFixture) -> None:
+    some = [parquet(files[2:5]), same("copy", files[2:5])]
+    shutil.rmtree("copy/zero")
+    train, others = images.find(*some), images.find("images")
+    expected = [row for row, path in enumerate(files) if row in (2, 3, 4)]
+    assert expected
+    assert images.find(some[0]).also_in(others) == [0, 1, 2]
+    assert others.also_in(images.find(some[0])) == expected
+    assert fit.check_apart(train, others) == len(others.also_in(train))
+    assert f"of the {len(files)} validation images (images) are training images" in caplog.text
+    caplog.clear()
+    assert fit.check_apart(images.find(files[0]), images.find(*map(str, files[1:4]))) == 0
+    assert not caplog.records
+
+
+def test_rows_of_idx_files_are_compared(files: Files) -> None:
+    first, second = images.find(idx(files[:6], "a")), images.find(idx(files[3:9], "b"))
+    assert first.also_in(second) == [3, 4, 5]
+    assert second.also_in(first) == [0, 1, 2]
+    assert first.also_in(images.find("images")) == []
 
 
 @pytest.mark.parametrize(

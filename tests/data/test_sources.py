@@ -485,7 +485,9 @@ def test_collections_of_pytorch_ood_are_ood_sets(monkeypatch: pytest.MonkeyPatch
     from pytorch_ood.dataset.img import LSUNCrop
 
     monkeypatch.setattr(LSUNCrop, "url", "http://127.0.0.1:9/LSUN.tar.gz")
-    with pytest.raises(UnavailableError, match=r"could not be had from http://127\.0\.0\.1:9/"):
+    with pytest.raises(
+        UnavailableError, match=r"could not be downloaded from http://127\.0\.0\.1:9/"
+    ):
         ood("pytorch-ood:LSUNCrop")
 
 
@@ -503,7 +505,7 @@ def test_sets_whose_files_are_missing_are_refused_or_left_out_and_recorded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     far = {"letters": "letters", "isun": "downloads/isun", "mine": "absent.csv"}
-    with pytest.raises(MissingError, match=r"OOD set isun is downloads/isun.*github\.com/facebook"):
+    with pytest.raises(MissingError, match=r"OOD set isun, downloads/isun .*github\.com/facebook"):
         fetch.run(HERE, parameters_with(far=far))
     assert not Path("data").exists()
     skipping = parameters_with(far=far, missing="skip")
@@ -522,7 +524,7 @@ def test_a_run_needs_one_ood_set_and_the_id_set(monkeypatch: pytest.MonkeyPatch)
     absent = {"far": {"isun": "downloads/isun"}, "near": {}, "missing": "skip"}
     with pytest.raises(MissingError, match="None of the OOD sets is there"):
         fetch.run(HERE, parameters_with(**absent))
-    with pytest.raises(MissingError, match=r"data\.id is downloads/imagenet.*https://image-net"):
+    with pytest.raises(MissingError, match=r"ID source downloads/imagenet .*https://image-net"):
         fetch.run(HERE, parameters_with(id="downloads/imagenet"))
     # Files that are there and broken are no missing ones, nor is a misspelt name.
     Path("mine.parquet").write_text("broken")
@@ -552,6 +554,59 @@ def test_a_folder_is_divided_like_the_digits_it_holds() -> None:
     assert found.ood["two"].count == 100 - len(kept)
 
 
+def test_images_that_cannot_be_prepared_are_left_out_of_a_fetch() -> None:
+    saved(Path("mine"), 40)
+    Image.fromarray(np.full((8, 8), 70_000, np.int32)).save("mine/one/deep.tif")
+    saved(Path("far"), 10, name="")
+    Image.fromarray(np.full((8, 8), 3.5, np.float32)).save("far/deep.tif")
+    values = {"id": "mine", "held_out": [2], "near": {"two": "held-out"}, "far": {"others": "far"}}
+    fetch.run(parameters_with(**values, ood_count=10, mode="RGB"))
+    sets = read_manifest().sets
+    assert sets["train"].unreadable == ["mine/one/deep.tif"]
+    assert sets["ood/others"].unreadable == ["far/deep.tif"]
+    assert sets["ood/others"].count == 10
+    with pytest.raises(InputError, match=r"^(mine/one|far)/deep\.tif holds"):
+        fetch.run(parameters_with(**values, max_unreadable=0))
+
+
+def test_id_images_in_an_ood_set_are_counted_or_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    saved(Path("mine"), 60)
+    saved(Path("far"), 6, suffix="bmp")  # the same pictures in other files
+    rng = np.random.default_rng(0)
+    for row in range(5):
+        Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(f"far/{row}.png")
+    values = {"id": "mine", "held_out": [2], "near": {"two": "held-out"}}
+    fetch.run(parameters_with(**values, far={"others": "far"}))
+    entry = read_manifest().sets["ood/others"]
+    known = sum(y != 2 for _, y in digits(6))
+    assert (entry.count, entry.also_id) == (11, known)
+    said = f"{known} of the 11 images of the OOD set others (far) are ID images as well"
+    assert said in capsys.readouterr().out
+    assert read_manifest().sets["ood/two"].also_id == 0
+    assert "also_id" not in read_manifest().as_json()["sets"]["ood/two"]
+    with pytest.raises(
+        InputError, match=r"^All \d+ images of the OOD set others \(far/one\) are ID"
+    ):
+        fetch.run(parameters_with(**values, far={"others": "far/one"}))
+
+
+def test_parquet_is_turned_and_folders_are_not() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.fromarray(np.tile(np.arange(0, 240, 10, dtype=np.uint8), (24, 1)))
+    Path("mine").mkdir()
+    picture.save("mine/a.jpg", exif=exif)
+    rows = [{"bytes": Path("mine/a.jpg").read_bytes(), "path": None}]
+    pq.write_table(pa.table({"image": rows}), "mine.parquet")
+    listed(Path("list.csv"), [("mine/a.jpg",)], ("path",))
+    plain = np.asarray(Image.open("mine/a.jpg"))
+    for spec in ("mine", "list.csv", "mine/a.jpg"):
+        [(found, _)] = sources.open_ood(spec, 8, 0)
+        assert np.array_equal(np.asarray(found), plain)
+    [(found, _)] = sources.open_ood("mine.parquet", 8, 0)
+    assert np.array_equal(np.asarray(found), np.rot90(plain, 3))
+
+
 # Presets
 
 
@@ -564,7 +619,7 @@ def test_a_preset_is_valid_and_says_where_its_files_are_had(
     for spec in (chosen.data.id, *chosen.data.near.values(), *chosen.data.far.values()):
         if spec.startswith("downloads/"):
             with pytest.raises(MissingError, match="get it from") as stop:
-                sources.require(spec, "data.id")
+                sources.require(spec, "The source")
             home = str(stop.value).rsplit(" ", 1)[1].rstrip(".")
             assert home in text, spec
         elif ":" in spec:
@@ -577,7 +632,7 @@ def test_a_preset_runs_on_what_is_there(capsys: pytest.CaptureFixture[str]) -> N
     """ImageNet's protocol in OpenOOD's folders, with scans for photographs."""
     chosen = parameters.load(ROOT / "presets/openood-imagenet.yaml")
     chosen = chosen.model_copy(update={"data": chosen.data.model_copy(update={"image_size": 8})})
-    with pytest.raises(MissingError, match=r"data\.id is downloads/imagenet.*https://image-net"):
+    with pytest.raises(MissingError, match=r"ID source downloads/imagenet .*https://image-net"):
         fetch.run(HERE, chosen)
     saved(Path("downloads/imagenet/train"), 300)
     saved(Path("downloads/imagenet/val"), 30)

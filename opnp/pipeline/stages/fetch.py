@@ -48,12 +48,12 @@ def begin(workspace: Workspace, parameters: Parameters) -> None:
                 f"The source {spec} lies in {workspace.data}, which will be replaced: move it "
                 "elsewhere."
             )
-    sources.require(data.id, "data.id")
+    sources.require(data.id, "The ID source")
     tests = [name for name, (role, _) in ood_sets(parameters).items() if role in KINDS]
     absent = []
     for name, (_, source) in ood_sets(parameters).items():
         try:
-            sources.require(source, f"The OOD set {name.split('/')[1]}")
+            sources.require(source, f"The source of the OOD set {name.split('/')[1]},")
         except MissingError as error:
             if data.missing == "refuse" or name not in tests:
                 raise
