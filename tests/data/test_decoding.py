@@ -29,7 +29,7 @@ PREPARED = {
 }
 Y, X = np.mgrid[:SIDE, :SIDE]
 GREY = (np.sin(X / 7) + np.cos(Y / 5) + 2) / 4  # in [0, 1]
-LEVELS = np.uint8(GREY * 255)
+LEVELS = (GREY * 255).astype(np.uint8)
 COLORS = np.stack([LEVELS, LEVELS[::-1], LEVELS.T], axis=2)
 
 
@@ -126,7 +126,10 @@ def test_what_is_transparent_shows_white(stored: str, mode: str) -> None:
     [
         (Image.fromarray(LEVELS), int(LEVELS[3, 3])),
         (Image.fromarray(COLORS), tuple(map(int, COLORS[3, 3]))),
-        (Image.fromarray(np.uint16(GREY * 65535)), int(np.uint16(GREY * 65535)[3, 3])),
+        (
+            Image.fromarray((GREY * 65535).astype(np.uint16)),
+            int((GREY * 65535).astype(np.uint16)[3, 3]),
+        ),
     ],
     ids=["L", "RGB", "I;16"],
 )
@@ -140,10 +143,13 @@ def test_a_transparent_color_shows_white(picture: Image.Image, clear: Any) -> No
 
 
 DEEP: dict[str, tuple[str, Image.Image]] = {
-    "16 bits, PNG": ("a.png", Image.fromarray(np.uint16(GREY * 65535))),
-    "16 bits, TIFF": ("a.tif", Image.fromarray(np.uint16(GREY * 65535))),
-    "16 bits, big-endian": ("b.tif", Image.fromarray(np.uint16(GREY * 65535).astype(">u2"))),
-    "16 bits, PGM": ("a.pgm", Image.fromarray(np.uint16(GREY * 65535))),
+    "16 bits, PNG": ("a.png", Image.fromarray((GREY * 65535).astype(np.uint16))),
+    "16 bits, TIFF": ("a.tif", Image.fromarray((GREY * 65535).astype(np.uint16))),
+    "16 bits, big-endian": (
+        "b.tif",
+        Image.fromarray((GREY * 65535).astype(np.uint16).astype(">u2")),
+    ),
+    "16 bits, PGM": ("a.pgm", Image.fromarray((GREY * 65535).astype(np.uint16))),
     "32 bits": ("c.tif", Image.fromarray(np.int32(GREY * 65535))),
     "floats": ("d.tif", Image.fromarray(np.float32(GREY))),
 }
@@ -161,7 +167,7 @@ def test_deep_greys_keep_their_picture(kind: str, mode: str) -> None:
 
 @pytest.mark.parametrize("kind", ["I;16", "I;16B", "I;16L", "I;16N"])
 def test_each_order_of_bytes_is_known(kind: str) -> None:
-    image = Image.fromarray(np.uint16(GREY * 65535))
+    image = Image.fromarray((GREY * 65535).astype(np.uint16))
     if kind != "I;16":
         image = Image.frombytes(kind, image.size, image.convert("I").convert(kind).tobytes())
     assert difference(image, Image.fromarray(LEVELS)) < 1
@@ -183,9 +189,9 @@ def tiff(numbers: NDArray[Any], bits: int, photometric: int) -> bytes:
 
 def test_tiff_images_of_12_bits_and_of_inverted_greys() -> None:
     for data in (
-        tiff(np.uint16(GREY * 4095), 12, 1),
-        tiff(np.uint16(GREY * 65535), 16, 1),
-        tiff(65535 - np.uint16(GREY * 65535), 16, 0),
+        tiff((GREY * 4095).astype(np.uint16), 12, 1),
+        tiff((GREY * 65535).astype(np.uint16), 16, 1),
+        tiff(65535 - (GREY * 65535).astype(np.uint16), 16, 0),
     ):
         assert difference(decode(data, "it"), Image.fromarray(LEVELS)) < 1
 
@@ -193,7 +199,7 @@ def test_tiff_images_of_12_bits_and_of_inverted_greys() -> None:
 @pytest.mark.parametrize(
     ("numbers", "said"),
     [
-        (np.uint16(GREY * 4095), "room for numbers up to 65535 and uses none above 4094"),
+        ((GREY * 4095).astype(np.uint16), "room for numbers up to 65535 and uses none above 4094"),
         (np.int32(GREY * 255), "room for numbers up to 65535 and uses none above 25"),
         (np.int32(GREY * 70_000), r"whole numbers from \d to 69"),
         (np.int32(GREY * 1000) - 500, "whole numbers from -"),

@@ -560,13 +560,13 @@ def test_images_that_cannot_be_prepared_are_left_out_of_a_fetch() -> None:
     saved(Path("far"), 10, name="")
     Image.fromarray(np.full((8, 8), 3.5, np.float32)).save("far/deep.tif")
     values = {"id": "mine", "held_out": [2], "near": {"two": "held-out"}, "far": {"others": "far"}}
-    fetch.run(parameters_with(**values, ood_count=10, mode="RGB"))
-    sets = read_manifest().sets
+    fetch.run(HERE, parameters_with(**values, ood_count=10, mode="RGB"))
+    sets = read_manifest(HERE.data).sets
     assert sets["train"].unreadable == ["mine/one/deep.tif"]
     assert sets["ood/others"].unreadable == ["far/deep.tif"]
     assert sets["ood/others"].count == 10
     with pytest.raises(InputError, match=r"^(mine/one|far)/deep\.tif holds"):
-        fetch.run(parameters_with(**values, max_unreadable=0))
+        fetch.run(HERE, parameters_with(**values, max_unreadable=0))
 
 
 def test_id_images_in_an_ood_set_are_counted_or_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -576,18 +576,18 @@ def test_id_images_in_an_ood_set_are_counted_or_refused(capsys: pytest.CaptureFi
     for row in range(5):
         Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8)).save(f"far/{row}.png")
     values = {"id": "mine", "held_out": [2], "near": {"two": "held-out"}}
-    fetch.run(parameters_with(**values, far={"others": "far"}))
-    entry = read_manifest().sets["ood/others"]
+    fetch.run(HERE, parameters_with(**values, far={"others": "far"}))
+    entry = read_manifest(HERE.data).sets["ood/others"]
     known = sum(y != 2 for _, y in digits(6))
     assert (entry.count, entry.also_id) == (11, known)
     said = f"{known} of the 11 images of the OOD set others (far) are ID images as well"
     assert said in capsys.readouterr().out
-    assert read_manifest().sets["ood/two"].also_id == 0
-    assert "also_id" not in read_manifest().as_json()["sets"]["ood/two"]
+    assert read_manifest(HERE.data).sets["ood/two"].also_id == 0
+    assert "also_id" not in read_manifest(HERE.data).as_json()["sets"]["ood/two"]
     with pytest.raises(
         InputError, match=r"^All \d+ images of the OOD set others \(far/one\) are ID"
     ):
-        fetch.run(parameters_with(**values, far={"others": "far/one"}))
+        fetch.run(HERE, parameters_with(**values, far={"others": "far/one"}))
 
 
 def test_parquet_is_turned_and_folders_are_not() -> None:
