@@ -1,8 +1,8 @@
 """Storage: a folder at any fsspec URL, through which workers without a shared disk exchange files.
 
-`URL/files/SHA256` holds a file under the digest of its contents; `URL/results/SHA256` says, under
-the digest of what a result is made from, which of the files is that result. So nothing here is ever
-changed or mixed up, whoever writes it, and everything may be deleted: it is made again.
+`URL/files/SHA256` holds a file under the digest of its contents. `URL/results/SHA256` names, under
+the digest of what a result is made from, the file that is the result. So no object ever changes,
+whoever writes it, and all of them may be deleted: they are made again.
 """
 
 import hashlib
@@ -19,85 +19,83 @@ from typing import Any
 from fsspec.core import url_to_fs
 from fsspec.spec import AbstractBufferedFile
 
-from opnp.errors import InputError, UnavailableError
+from opnp.errors import InputError, UnavailableError, first_line
 from opnp.runtime.files import atomic, digest, full_disk, remove_others
 
 __all__ = ["RemoteFile", "Storage"]
 
-# Where an object is there whole or not at all; elsewhere it is written beside and then renamed.
+# Here an object appears only once it is complete; elsewhere it is written beside and renamed.
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "oci", "r2"}
 
-NOTE = "Workers of OPNP exchange files here. All of it may be deleted: it is made again.\n"
+NOTE = "Workers of OPNP exchange files here. All files may be deleted: they are made again.\n"
 
 
 class Storage:
     """The storage at a URL.
 
     Args:
-        url: of a folder: ``s3://BUCKET/FOLDER``, ``file:///FOLDER`` or any other that fsspec knows;
-            credentials are taken from the environment, as its library does.
+        url: URL of a folder: ``s3://BUCKET/FOLDER``, ``file:///FOLDER`` or any other that fsspec
+            knows. Its library takes the credentials from the environment.
 
     Raises:
-        InputError: nothing installed here knows such a URL.
+        InputError: no installed library knows the URL.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         try:
-            # What others write must be seen at once.
+            # Without a cache of listings, objects that others write are seen at once.
             self.system, self.root = url_to_fs(self.url, use_listings_cache=False)
         except (ImportError, ValueError) as error:
             raise InputError(
-                f"engine.storage: {self.url} cannot be opened ({said(error)}): correct it, or "
-                "install its library (for S3: `pip install 'opnp[s3]'`)."
+                f"Storage {self.url} cannot be opened ({first_line(error)}): correct the URL, or "
+                "install its library (for S3, opnp[s3])."
             ) from None
         protocols = self.system.protocol
         names = {protocols} if isinstance(protocols, str) else set(protocols)
         self.renames = not names & OBJECT_STORES
 
     def check(self) -> None:
-        """Write and read a note there.
+        """Write a note to the storage and read it back.
 
         Raises:
-            InputError: the bucket is missing, or credentials or rights do not suffice.
+            InputError: the bucket is missing, or access is denied.
             UnavailableError: the storage could not be reached.
         """
         self.write("README.txt", NOTE.encode())
         self.read("README.txt")
 
     def put(self, path: Path, sha256: str | None = None, replace: bool = False) -> str:
-        """Bring a file here, unless it is here already.
+        """Upload a file, unless the storage holds it already.
 
         Args:
             path: the file.
-            sha256: its digest, where that is known: it is then read only if it must be brought.
-            replace: bring it in any case.
+            sha256: the file's digest, if known; the file is then read only to be uploaded.
+            replace: whether to upload the file in any case.
 
         Returns:
-            The digest, under which `get` and `open` find it.
+            The digest, under which `get` and `open` find the file.
 
         Raises:
-            InputError: the file is missing, or its digest is another.
+            InputError: the file is missing, or its digest is not ``sha256``.
             UnavailableError: the storage could not be reached.
         """
         if not path.is_file():
-            raise InputError(f"{path} is missing: run the stage that makes it again.")
+            raise InputError(f"{path} is missing: make it again.")
         name = f"files/{sha256 or digest(path)}"
         if not replace and self.size(name) == path.stat().st_size:
             return name.removeprefix("files/")
         if sha256 and digest(path) != sha256:
-            raise InputError(
-                f"{path} has another SHA-256 than was recorded: run the stage that makes it again."
-            )
+            raise InputError(f"{path} does not have its recorded SHA-256: make it again.")
         with self.reached(name), self.whole(name) as target:
             self.system.put_file(str(path), target)
         return name.removeprefix("files/")
 
     def get(self, sha256: str, path: Path) -> None:
-        """Bring the file of a digest to ``path``, atomically, unless it lies there already.
+        """Download the file of a digest to ``path``, atomically, unless it is there already.
 
         Raises:
-            InputError: it is missing or damaged in the storage.
+            InputError: the file is missing or damaged in the storage.
             UnavailableError: the storage could not be reached.
         """
         if path.is_file() and digest(path) == sha256:
@@ -107,15 +105,13 @@ class Storage:
             with self.reached(name):
                 self.system.get_file(f"{self.root}/{name}", str(temporary))
             if digest(temporary) != sha256:
-                raise InputError(
-                    f"{self.url}/{name} is damaged (its digest differs): delete it and run again."
-                )
+                raise InputError(f"{self.url}/{name} is damaged (its digest differs).", "storage")
 
     def open(self, sha256: str) -> "RemoteFile":
         """Open the file of a digest, to be read in parts. Its digest is not verified.
 
         Raises:
-            InputError: it is missing in the storage.
+            InputError: the file is missing in the storage.
             UnavailableError: the storage could not be reached.
         """
         return RemoteFile(self, f"files/{sha256}")
@@ -164,7 +160,7 @@ class Storage:
         return True, sha256
 
     def result(self, origin: dict[str, Any]) -> str | None:
-        """The digest of the result that is made from ``origin``; None if there is none."""
+        """The digest of the result made from ``origin``; None if there is none."""
         name = result_name(origin)
         if self.size(name) is None:
             return None
@@ -172,11 +168,11 @@ class Storage:
         return found if re.fullmatch("[0-9a-f]{64}", found) else None
 
     def record(self, origin: dict[str, Any], sha256: str) -> None:
-        """Say which file, brought here before, is the result that is made from ``origin``."""
+        """Record which of the uploaded files is the result made from ``origin``."""
         self.write(result_name(origin), sha256.encode())
 
     def size(self, name: str) -> int | None:
-        """Bytes of an object; None if it is not there."""
+        """The size of an object in bytes; None if it does not exist."""
         with self.reached(name):
             try:
                 return int(self.system.info(f"{self.root}/{name}")["size"])
@@ -193,7 +189,7 @@ class Storage:
 
     @contextmanager
     def whole(self, name: str) -> Iterator[str]:
-        """Yield where to write an object, so that no reader ever sees a part of it."""
+        """Yield where to write an object, so that readers see it complete or not at all."""
         target = f"{self.root}/{name}"
         if not self.renames:
             yield target
@@ -210,24 +206,24 @@ class Storage:
 
     @contextmanager
     def reached(self, name: str) -> Iterator[None]:
-        """Tell what fails in one sentence; what may pass as an UnavailableError."""
+        """Turn the errors of any library into sentences; passing ones are UnavailableErrors."""
         try:
             yield
         except FileNotFoundError as error:
             raise InputError(
-                f"engine.storage: {self.url}/{name} is missing ({said(error)}): create the bucket "
-                "or folder, or run again, which brings what was deleted."
+                f"{self.url}/{name} is missing in the storage ({first_line(error)}): create the "
+                "bucket or folder, or run again, which uploads deleted files."
             ) from error
         except PermissionError as error:
             raise InputError(
-                f"engine.storage: {self.url} refuses access ({said(error)}): check the credentials "
-                "in the environment and their rights to read and write."
+                f"Storage {self.url} denies access ({first_line(error)}): check the credentials in "
+                "the environment and their permissions to read and write."
             ) from error
-        except Exception as error:  # every library has exceptions of its own
+        except Exception as error:  # each library has its own exceptions
             if isinstance(error, OSError) and full_disk(error):
                 raise
             raise UnavailableError(
-                f"engine.storage: {self.url} could not be reached ({said(error)}): check the URL, "
+                f"Storage {self.url} could not be reached ({first_line(error)}): check the URL, "
                 "the credentials in the environment and the network, and run again."
             ) from error
 
@@ -236,8 +232,8 @@ class RemoteFile(AbstractBufferedFile):
     """A file in a storage, open for reading; only the ranges that are read are fetched.
 
     Args:
-        storage: holds the file.
-        name: of the file, relative to the storage's URL.
+        storage: the storage that holds the file.
+        name: name of the file, relative to the storage's URL.
 
     Raises:
         InputError: the file is missing.
@@ -269,8 +265,3 @@ def own_folder() -> Path:
 
 def result_name(origin: dict[str, Any]) -> str:
     return f"results/{hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()}"
-
-
-def said(error: Exception) -> str:
-    """What an exception says, on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
