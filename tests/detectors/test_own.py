@@ -131,7 +131,9 @@ def test_a_detector_of_ones_own_is_tuned_compared_and_shown_as_any_other(run: Pa
 )
 def test_a_wrong_name_is_refused_with_the_parameters(run: Path, name: str, sentence: str) -> None:
     set_parameters(run, {"evaluate.detectors": ["energy", name]})
-    with pytest.raises(InputError, match=f"^params.yaml: `evaluate`: {sentence}") as refused:
+    with pytest.raises(
+        InputError, match=f"^params.yaml: `evaluate.detectors`: {sentence}"
+    ) as refused:
         parameters.load()
     assert "\n" not in str(refused.value)
 
