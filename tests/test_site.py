@@ -1,5 +1,6 @@
 """The documentation as a site: it builds, is up to date, and names what exists."""
 
+import ast
 import importlib.util
 import re
 import tomllib
@@ -12,6 +13,7 @@ import yaml
 
 import opnp
 from tests.conftest import ROOT, run_program
+from tests.test_layers import ROOMS
 
 PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -78,6 +80,21 @@ def test_the_files_that_a_page_names_exist(path: Path) -> None:
             assert named(name), name
     for target in re.findall(r"`make ([\w-]+)`", text):
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M), target
+
+
+def test_the_walk_through_a_run_names_functions_that_exist() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    walk = re.findall(r"^\| `([\w/]+\.py)` \| `(\w+)` \|", page, re.M)
+    assert len(walk) > 10
+    for path, function in walk:
+        tree = ast.parse((ROOT / path).read_text())
+        assert function in {getattr(node, "name", "") for node in tree.body}, (path, function)
+
+
+def test_the_diagram_shows_every_room_in_its_order() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    shown = re.findall(r"^opnp/(\w+) ", page, re.M)
+    assert shown == [room for room in reversed(ROOMS) if (ROOT / "opnp" / room).is_dir()]
 
 
 def named(dotted: str) -> bool:
