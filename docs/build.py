@@ -69,8 +69,9 @@ def rooms_table() -> str:
 
 
 def summary_of(node: Any) -> str:
-    """The first paragraph of a docstring."""
-    return " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
+    """The first paragraph of a docstring, as a cell of a table."""
+    paragraph = (ast.get_docstring(node) or "").partition("\n\n")[0]
+    return " ".join(paragraph.replace("|", "\\|").split())
 
 
 def rooms() -> list[Path]:
