@@ -135,7 +135,7 @@ def assumed(
             "without, name the model %s.",
             where,
             model,
-            specs.write(name, {**options, "transform_input": False}),
+            specs.write(name, **{**options, "transform_input": False}),
         )
     return found
 

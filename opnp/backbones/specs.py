@@ -11,7 +11,6 @@ Options are written as in a URL, ``?name=value&name=value``. A value is read as 
 """
 
 import json
-from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, unquote
 
@@ -51,7 +50,7 @@ def value_of(text: str) -> Any:
         return text
 
 
-def write(name: str, options: Mapping[str, Any]) -> str:
+def write(name: str, **options: Any) -> str:
     """The spec that `parse` reads as this name and these options."""
     query = "&".join(f"{key}={quote(text_of(value), PLAIN)}" for key, value in options.items())
     return f"{name}?{query}" if query else name

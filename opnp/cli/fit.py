@@ -18,10 +18,14 @@ __all__ = ["fit"]
 def fit(
     out: Annotated[Path, typer.Option(help="Folder to write the detector to.")],
     model: Annotated[
-        str | None, typer.Option(help="torchvision:NAME, timm:NAME or module:factory.")
+        str | None,
+        typer.Option(help="torchvision:NAME, timm:NAME or module:factory, with ?option=value."),
     ] = None,
     weights: Annotated[
-        Path | None, typer.Option(help="The model's weights: a .safetensors, .pt or .pth file.")
+        str | None,
+        typer.Option(
+            help="The model's weights: FILE, FILE#KEY, or the library's name for its own."
+        ),
     ] = None,
     id_train: Annotated[str | None, typer.Option(help="Training images, labelled or not.")] = None,
     id_val: Annotated[str | None, typer.Option(help="Other images of the same kind.")] = None,

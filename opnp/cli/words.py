@@ -16,11 +16,15 @@ if TYPE_CHECKING:
 
 
 def read_classes(path: Path | None) -> list[str] | None:
-    """The names of the classes in a text file, one on each line."""
+    """The names of the classes in a text file, one on each line.
+
+    Spaces around names, and empty lines at the end, do not count.
+    """
     if path is None:
         return None
     try:
-        return path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+        return [line.strip() for line in lines]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({first_line(error)}).", "classes") from None
 
@@ -78,13 +82,15 @@ def unreadable(images: Sequence[str]) -> None:
 
 def describe(of: dict[str, Any]) -> str:
     """Describe a detector and how it was made in words, a line for each thing."""
+    from opnp.backbones.specs import write
+
     threshold, mask, made, score = of["threshold"], of["mask"], of["made"], of["score"]
     found, size = made["search"], of["preprocessing"]["size"]
     clip = "" if score["clip"] is None else f", features clipped at {score['clip']:.4g}"
     ends = [threshold[end] for end in ("low", "high")]
     low, high = ("unbounded" if end is None else f"{end:.4g}" for end in ends)
     lines = {
-        "model": f"{of['model']['name']}, {of['features']} features, {len(of['classes'])} classes",
+        "model": f"{write(**of['model'])}, {of['features']} features, {len(of['classes'])} classes",
         "images": f"{size} × {size}, {of['preprocessing']['mode']}",
         "score": f"{score['name']}, T = {score['temperature']:g}{clip}; larger means OOD",
         "threshold": f"{threshold['value']:.4g} (95 % interval {low} to {high}) accepts "

@@ -97,7 +97,8 @@ class Train(Settings):
     backbone: str = Field(
         default="resnet",
         description="resnet, convnext or vit (small networks of the width and depth below), "
-        "torchvision:NAME, timm:NAME, or package.module:factory.",
+        "torchvision:NAME, timm:NAME, or package.module:factory; models other than the small "
+        "networks may take options, as in torchvision:inception_v3?transform_input=false.",
     )
     width: Positive = Field(
         default=32, description="Channels of the first stage of a small network."
@@ -105,9 +106,9 @@ class Train(Settings):
     depth: Positive = Field(default=1, description="Blocks in each stage of a small network.")
     checkpoint: str | None = Field(
         default=None,
-        description="Weights to load instead of training: a .safetensors, .pt or .pth file, or the "
-        "library's own name for them, such as IMAGENET1K_V2 (torchvision), a1_in1k (timm) or "
-        "DEFAULT.",
+        description="Weights to load instead of training: a file, such as model.safetensors or "
+        "model.pth; FILE#KEY for those under a key in it, such as model_ema; or the library's own "
+        "name for them, such as IMAGENET1K_V2 (torchvision), a1_in1k (timm) or DEFAULT.",
     )
     preprocessing: str | None = Field(
         default=None,

@@ -11,13 +11,13 @@ from opnp.errors import InputError
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 values = scalars | st.lists(scalars, max_size=3)
-names = st.from_regex(r"[a-z_][a-z_0-9]{0,8}", fullmatch=True)
+names = st.from_regex(r"[a-z_][a-z_0-9]{0,8}", fullmatch=True).filter(lambda n: n != "name")
 
 
 @given(st.dictionaries(names, values.filter(lambda v: v not in (float("inf"), float("-inf")))))
 def test_a_spec_comes_back_as_it_was_written(options: dict[str, Any]) -> None:
     finite = {k: v for k, v in options.items() if "inf" not in str(v)}
-    assert specs.parse(specs.write("timm:resnet18", finite)) == ("timm:resnet18", finite)
+    assert specs.parse(specs.write("timm:resnet18", **finite)) == ("timm:resnet18", finite)
 
 
 @pytest.mark.parametrize(
