@@ -39,6 +39,7 @@ PIPELINE = {
     "classes": "correct data.id in params.yaml",
     "data": "correct the section data of params.yaml",
     "proxies": "remove it from search.proxies in params.yaml",
+    "id": "correct data.id in params.yaml",
     "preprocessing": "state it with train.preprocessing in params.yaml",
     "storage": "delete it from the storage and run again",
     "trust": "name it in train.backbone if you trust it",

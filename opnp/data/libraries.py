@@ -7,7 +7,6 @@ The libraries unpack archives: no member may be written outside of the target fo
 import hashlib
 import inspect
 import tarfile
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from PIL import Image
 
 from opnp.data.decoding import check_size, faults_of
 from opnp.data.splits import Rows, Source, Split
-from opnp.errors import InputError, UnavailableError
+from opnp.errors import InputError, UnavailableError, did_you_mean
 
 __all__ = ["LIBRARIES", "open_collection"]
 
@@ -87,10 +86,10 @@ def named(library: str, name: str) -> Any:
         import pytorch_ood.dataset.img as found
     factory = getattr(found, name, None) if name in found.__all__ else None
     if factory is None or "download" not in inspect.signature(factory).parameters:
-        near = get_close_matches(name, [n for n in found.__all__ if n[0].isupper()], 1, cutoff=0)
-        raise InputError(
-            f"{library} has no data set {name!r} to download; did you mean `{library}:{near[0]}`?"
+        near = did_you_mean(
+            name, (each for each in found.__all__ if each[0].isupper()), f"`{library}:{{}}`"
         )
+        raise InputError(f"{library} has no data set {name!r} to download; {near}")
     return factory
 
 

@@ -79,7 +79,8 @@ def open_id(spec: str) -> Source:
         return open_files(Path(spec))
     raise InputError(
         f"The ID source {spec!r} is neither `digits`, `torchvision:NAME` nor a file or folder of "
-        "images: correct it."
+        "images.",
+        "id",
     )
 
 
