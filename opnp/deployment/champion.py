@@ -89,10 +89,7 @@ def frozen(folder: Path) -> dict[str, Any]:
     for name, expected in sets.items():
         path = data_file(name, folder)
         if not path.is_file() or digest(path) != expected:
-            raise InputError(
-                f"{path} is missing or not what was frozen: restore it, or name another folder in "
-                "retrain.evaluation."
-            )
+            raise InputError(f"{path} is missing or not what was frozen.", "frozen")
     if "test" not in sets or len(sets) < 2:
         raise InputError(f"{folder} needs ID images and an OOD set to compare detectors on.")
     return {"classes": classes, "sets": list(sets)}
@@ -120,8 +117,8 @@ def check_unseen(workspace: Workspace, folder: Path) -> None:
         if seen := len(judged & images(workspace.images(split))):
             raise InputError(
                 f"{seen} images of {folder} are in {workspace.images(split)}, so the challenger "
-                "has seen what it is judged on: give data.id a test split of its own, or name a "
-                "folder of other images in retrain.evaluation."
+                "has seen what it is judged on.",
+                "unseen",
             )
 
 
@@ -175,8 +172,8 @@ def compare(
             continue
         if list(detector.backbone.classes) != about["classes"]:
             raise InputError(
-                f"{folder} is of other classes than the detector {detector.digest[:12]}: name "
-                "another folder in retrain.evaluation."
+                f"{folder} has other classes than the detector {detector.digest[:12]}.",
+                "evaluation",
             )
         inside, accuracy = judged(detector, folder, "test")
         rows.append((inside, [judged(detector, folder, name)[0] for name in outside]))

@@ -502,7 +502,7 @@ def parameters_with(**data: Any) -> Parameters:
 
 
 def test_sets_whose_files_are_missing_are_refused_or_left_out_and_recorded(
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     far = {"letters": "letters", "isun": "downloads/isun", "mine": "absent.csv"}
     with pytest.raises(MissingError, match=r"OOD set isun, downloads/isun .*github\.com/facebook"):
@@ -512,7 +512,7 @@ def test_sets_whose_files_are_missing_are_refused_or_left_out_and_recorded(
     fetch.run(HERE, skipping)
     assert read_manifest(HERE.data).missing == {"isun": "downloads/isun", "mine": "absent.csv"}
     assert list(read_manifest(HERE.data).ood) == ["held-out-digits", "letters"]
-    assert "fetch: the OOD set mine is left out: " in capsys.readouterr().out
+    assert "the OOD set mine is left out: " in caplog.text
     assert Run(HERE, skipping).manifest == read_manifest(HERE.data)
     saved(Path("downloads/isun"), 5)
     fetch.run(HERE, skipping)

@@ -5,6 +5,7 @@ RGB, so that all of ImageNet-1k takes 190 GB of disk. All labels are in memory, 
 images than a row group holds.
 """
 
+import logging
 import shutil
 from dataclasses import replace
 
@@ -21,6 +22,8 @@ from opnp.pipeline.results.data import data_parameters
 from opnp.runtime.files import write_json
 from opnp.runtime.seeds import generator
 from opnp.workspace import Workspace
+
+logger = logging.getLogger(__name__)
 
 
 def run(workspace: Workspace, parameters: Parameters) -> Manifest:
@@ -94,15 +97,12 @@ def id_sets(workspace: Workspace, parameters: Parameters) -> dict[str, ImageSet]
     known = [label for label in range(len(classes)) if label not in data.held_out]
     if len(known) < 2:
         raise InputError(
-            f"Of the {len(classes)} classes {len(known)} would remain: hold out fewer, so that at "
-            "least 2 remain.",
+            f"Of the {len(classes)} classes {len(known)} would remain, and at least 2 are needed.",
             "data.held_out",
         )
     names = [classes[label] for label in known]
     if "all" in splits and data.test is None:
-        raise InputError(
-            f"{data.id} has no test split: state the percentage of images to test on.", "data.test"
-        )
+        raise InputError(f"{data.id} has no test split.", "data.test")
     for name, split in splits.items():
         wrong = np.flatnonzero((split.labels < 0) | (split.labels >= len(classes)))
         if len(wrong):
@@ -182,7 +182,7 @@ def divide(
         parts = {"test": order[:first], "validation": order[first:stop], "train": order[stop:]}
         if empty := [split for split in ("train", "validation") if len(parts[split]) == 0]:
             raise InputError(
-                f"Class {classes[label]} of {data.id} has no {empty[0]} images: add some, or hold "
+                f"Class {classes[label]} of {data.id} has no {empty[0]} images: add some or hold "
                 "the class out.",
                 "data.held_out",
             )
@@ -224,7 +224,7 @@ def ood_set(workspace: Workspace, parameters: Parameters, name: str) -> dict[str
     except (MissingError, UnavailableError) as error:
         if data.missing == "refuse" or role not in KINDS:
             raise
-        print(f"fetch: the OOD set {name.split('/')[1]} is left out: {error}", flush=True)
+        logger.warning("the OOD set %s is left out: %s", name.split("/")[1], error)
         return {}
     return {name: replace(entry, unreadable=unreadable.images)}
 
@@ -260,7 +260,7 @@ def manifest(workspace: Workspace, parameters: Parameters, sets: dict[str, Image
 
 
 def count_id_images(workspace: Workspace, sets: dict[str, ImageSet]) -> dict[str, int]:
-    """Count the images of each OOD set that are ID images as well, and print a line about them.
+    """Count the images of each OOD set that are ID images as well, and log how many.
 
     Raises:
         InputError: all images of a set are.
@@ -273,7 +273,7 @@ def count_id_images(workspace: Workspace, sets: dict[str, ImageSet]) -> dict[str
         if count == sets[name].count:
             raise InputError(f"All {count} {of} are ID images as well: name other images for it.")
         if count:
-            print(f"fetch: {count} of the {sets[name].count} {of} are ID images as well")
+            logger.warning("%d of the %d %s are ID images as well", count, sets[name].count, of)
     return found
 
 
@@ -282,9 +282,11 @@ def finish(workspace: Workspace, manifest: Manifest) -> None:
     write_json(workspace.fetched / MANIFEST, manifest.as_json())
     for entry in manifest.sets.values():
         if left_out := entry.unreadable:
-            print(
-                f"fetch: {len(left_out)} image(s) of {entry.source} cannot be read and are left "
-                f"out: {', '.join(left_out)}"
+            logger.warning(
+                "%d image(s) of %s cannot be read and are left out: %s",
+                len(left_out),
+                entry.source,
+                ", ".join(left_out),
             )
     place = workspace.data.resolve()  # a link to another disk stays a link
     old = place.with_name(f"{place.name}.old")
