@@ -199,7 +199,7 @@ def relabel(path: Path, key: bytes, value: bytes) -> None:
 
 
 def test_foreign_and_damaged_shards_are_refused_by_name_and_made_again(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """By their own stage alone, which leaves the others as they are."""
     before, chosen = contents(workspace), parameters.load()
@@ -238,16 +238,16 @@ def test_foreign_and_damaged_shards_are_refused_by_name_and_made_again(
         with pytest.raises(InputError, match=re.escape(f"Shard {path} {said}.")) as refused:
             later(HERE, chosen)
         assert refused.value.about == "stage:features"
-        capsys.readouterr()
+        caplog.clear()
         stages.features.run(HERE, chosen)
-        assert (f"{path} is damaged, and made again" in capsys.readouterr().out) == (spoil is flip)
+        assert (f"{path} is damaged and is made again" in caplog.text) == (spoil is flip)
         found = shards()
         assert {each for each in found if found[each] != kept[each]} == {path}
         assert contents(workspace) == before
 
 
 def test_sums_and_weights_with_a_flipped_bit_are_never_used(
-    workspace: Path, capsys: pytest.CaptureFixture[str]
+    workspace: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     before, kept, chosen = contents(workspace), shards(), parameters.load()
     sums = HERE.sensitivity.parent / "shards/00001.safetensors"
@@ -255,7 +255,7 @@ def test_sums_and_weights_with_a_flipped_bit_are_never_used(
     with pytest.raises(InputError, match=f"{sums} is damaged"):
         stages.sensitivity.finish(HERE, stages.sensitivity.plan(HERE, chosen))
     stages.sensitivity.run(HERE, chosen)
-    assert f"{sums} is damaged, and made again" in capsys.readouterr().out
+    assert f"{sums} is damaged and is made again" in caplog.text
     found = shards()
     assert {each for each in found if found[each] != kept[each]} == {sums}
     assert contents(workspace) == before

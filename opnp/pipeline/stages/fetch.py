@@ -5,6 +5,7 @@ RGB, so that all of ImageNet-1k takes 190 GB of disk. All labels are in memory, 
 images than a row group holds.
 """
 
+import logging
 import shutil
 from dataclasses import replace
 
@@ -21,6 +22,8 @@ from opnp.pipeline.results.data import data_parameters
 from opnp.runtime.files import write_json
 from opnp.runtime.seeds import generator
 from opnp.workspace import Workspace
+
+logger = logging.getLogger(__name__)
 
 
 def run(workspace: Workspace, parameters: Parameters) -> Manifest:
@@ -224,7 +227,7 @@ def ood_set(workspace: Workspace, parameters: Parameters, name: str) -> dict[str
     except (MissingError, UnavailableError) as error:
         if data.missing == "refuse" or role not in KINDS:
             raise
-        print(f"fetch: the OOD set {name.split('/')[1]} is left out: {error}", flush=True)
+        logger.warning("The OOD set %s is left out: %s", name.split("/")[1], error)
         return {}
     return {name: replace(entry, unreadable=unreadable.images)}
 
@@ -260,7 +263,7 @@ def manifest(workspace: Workspace, parameters: Parameters, sets: dict[str, Image
 
 
 def count_id_images(workspace: Workspace, sets: dict[str, ImageSet]) -> dict[str, int]:
-    """Count the images of each OOD set that are ID images as well, and print a line about them.
+    """Count the images of each OOD set that are ID images as well, and warn of them.
 
     Raises:
         InputError: all images of a set are.
@@ -273,7 +276,7 @@ def count_id_images(workspace: Workspace, sets: dict[str, ImageSet]) -> dict[str
         if count == sets[name].count:
             raise InputError(f"All {count} {of} are ID images as well: name other images for it.")
         if count:
-            print(f"fetch: {count} of the {sets[name].count} {of} are ID images as well")
+            logger.warning("%d of the %d %s are ID images as well", count, sets[name].count, of)
     return found
 
 
@@ -282,10 +285,8 @@ def finish(workspace: Workspace, manifest: Manifest) -> None:
     write_json(workspace.fetched / MANIFEST, manifest.as_json())
     for entry in manifest.sets.values():
         if left_out := entry.unreadable:
-            print(
-                f"fetch: {len(left_out)} image(s) of {entry.source} cannot be read and are left "
-                f"out: {', '.join(left_out)}"
-            )
+            told = "%d image(s) of %s cannot be read and are left out: %s"
+            logger.warning(told, len(left_out), entry.source, ", ".join(left_out))
     place = workspace.data.resolve()  # a link to another disk stays a link
     old = place.with_name(f"{place.name}.old")
     shutil.rmtree(old, ignore_errors=True)

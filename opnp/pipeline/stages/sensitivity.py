@@ -1,5 +1,6 @@
 """Sensitivity: sums over every training shard, merged in shard order."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from opnp.runtime import devices, tensors
 from opnp.runtime.files import digest, remove_others, write_json
 from opnp.runtime.progress import track
 from opnp.workspace import Workspace
+
+logger = logging.getLogger(__name__)
 
 
 def run(workspace: Workspace, parameters: Parameters) -> list[Sensitivity]:
@@ -104,7 +107,7 @@ def compute(workspace: Workspace, parameters: Parameters, name: str) -> bool:
         if file.exists() and read_sums(file)[1] == source:
             return False
     except InputError:
-        print(f"sensitivity: {file} is damaged, and made again", flush=True)
+        logger.warning("%s is damaged and is made again", file)
     device = devices.device()
     head = Run(workspace, parameters).backbone_on(device).classifier.head
     path = features_of(workspace, name)
