@@ -38,11 +38,13 @@ PIPELINE = {
     "batch_size": "lower features.batch_size in params.yaml",
     "classes": "correct data.id in params.yaml",
     "data": "correct the section data of params.yaml",
+    "evaluation": "restore it, or name another folder in retrain.evaluation",
     "proxies": "remove it from search.proxies in params.yaml",
     "id": "correct data.id in params.yaml",
     "preprocessing": "state it with train.preprocessing in params.yaml",
     "storage": "delete it from the storage and run again",
     "trust": "name it in train.backbone if you trust it",
+    "unseen": "give data.id its own test split, or name another folder in retrain.evaluation",
     "weights": "correct train.checkpoint in params.yaml",
 }
 
