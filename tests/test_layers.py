@@ -31,7 +31,7 @@ SEAM = ROOT / "opnp" / "cli" / "pipeline.py"  # the one place where `opnp` calls
 # What only programs may say in an error: commands, options, files and keys of parameters.
 PROGRAMS = re.compile(
     r"python -m|`opnp |(^|[\s`'\"(])--[a-z]|params\.yaml|"
-    r"(?<![\w.])(train|data|search|evaluate|engine|features|energy|retrain)\.[a-z_]+(?![\w.(])"
+    r"(?<![\w.])(train|data|search|evaluate|engine|features|energy|retrain)\.[a-z_]+(?!\w|[.(]\w)"
 )
 
 FILES = sorted((ROOT / "opnp").rglob("*.py"))
@@ -107,6 +107,29 @@ def test_the_paper_needs_torch_and_numpy_alone() -> None:
         tops = {name.split(".")[0] for name in imported(path)}
         libraries = {"pydantic"} if path.name == "settings.py" else {"torch", "numpy"}
         assert tops <= {"opnp"} | libraries | standard, path
+
+
+PIPELINE = ROOT / "opnp" / "pipeline"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in FILES if path.is_relative_to(PIPELINE) and path.name != "__init__.py"],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_what_stages_write_is_read_through_results_alone(path: Path) -> None:
+    """No stage imports another, and nothing else in the room imports a stage."""
+    found = {name for name in imported(path) if name.startswith("opnp.pipeline.stages")}
+    assert not found, f"{path} imports {', '.join(sorted(found))}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_module_but_the_program_knows_the_current_folder(path: Path) -> None:
+    if room(path) == "cli":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in {"cwd", "getcwd", "chdir"}, f"{path}: line {node.lineno}"
 
 
 @pytest.mark.parametrize("path", [*FILES, *sorted((ROOT / "flows").glob("*.py"))], ids=str)

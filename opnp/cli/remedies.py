@@ -39,15 +39,13 @@ PIPELINE = {
     "classes": "correct data.id in params.yaml",
     "data": "correct the section data of params.yaml",
     "data.test": "state in data.test what percentage of the images to test on",
-    "evaluation": "name another folder in retrain.evaluation",
-    "frozen": "restore it, or name another folder in retrain.evaluation",
+    "evaluation": "restore it, or name another folder in retrain.evaluation",
     "id": "correct data.id in params.yaml",
     "preprocessing": "state it with train.preprocessing in params.yaml",
     "proxies": "remove it from search.proxies in params.yaml",
     "storage": "delete it from the storage and run again",
     "trust": "name it in train.backbone if you trust it",
-    "unseen": "give data.id a test split of its own, or name a folder of other images in "
-    "retrain.evaluation",
+    "unseen": "give data.id its own test split, or name another folder in retrain.evaluation",
     "weights": "correct train.checkpoint in params.yaml",
 }
 

@@ -1,7 +1,7 @@
-"""Champion against challenger, on an evaluation set that stays as it is.
+"""Comparing a challenger with the champion, on an evaluation set that never changes.
 
-The set is a folder of what a run's test sets were when it was frozen: ``manifest.json``,
-``test.parquet`` and ``ood/NAME.parquet``, as in `data/`.
+The set is a folder with copies of a run's test sets, laid out like a run's data:
+``manifest.json``, ``test.parquet`` and ``ood/NAME.parquet``.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from opnp.data import imagesets
@@ -21,6 +22,7 @@ from opnp.errors import InputError
 from opnp.metrics.bootstrap import bootstrap_mean_fpr95, interval
 from opnp.metrics.separation import fpr95_auroc
 from opnp.runtime.files import atomic_folder, digest, read_json, write_json
+from opnp.runtime.settings import validated
 from opnp.workspace import Workspace
 
 __all__ = ["Verdict", "check_unseen", "compare", "freeze", "frozen_digest"]
@@ -31,15 +33,16 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison came to; in percent, FPR95 as a mean over the OOD sets.
+    """The outcome of a comparison, in percent. FPR95 is the mean over the OOD sets.
 
     Attributes:
-        promoted: whether the challenger is better beyond the interval and as accurate.
-        fpr95: of the challenger.
-        accuracy: of the challenger, on ID images.
-        champion_fpr95: None where there is no champion.
-        champion_accuracy: likewise.
-        low: of the 95 % bootstrap interval of how much lower the challenger's FPR95 is.
+        promoted: whether the challenger is better beyond chance, and accurate enough.
+        fpr95: FPR95 of the challenger.
+        accuracy: accuracy of the challenger on ID images.
+        champion_fpr95: FPR95 of the champion; None without a champion, like all that follow.
+        champion_accuracy: accuracy of the champion on ID images.
+        low: lower end of the 95 % bootstrap interval of the champion's FPR95 minus the
+            challenger's.
         high: its upper end.
     """
 
@@ -52,12 +55,23 @@ class Verdict:
     high: float | None = None
 
     def figures(self) -> dict[str, Any]:
-        """What there is of the figures, by name."""
+        """The figures that exist, by name."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+class FrozenSet(BaseModel):
+    sha256: str
+
+
+class Frozen(BaseModel):
+    """The manifest of an evaluation set."""
+
+    classes: list[str]
+    sets: dict[str, FrozenSet]
+
+
 def freeze(workspace: Workspace, folder: Path) -> None:
-    """Copy the test sets of a run's data to the folder, unless it is there already."""
+    """Copy the test sets of a run's data to a folder, unless the folder exists."""
     if folder.exists():
         return
     manifest = read_manifest(workspace.data)
@@ -74,38 +88,38 @@ def freeze(workspace: Workspace, folder: Path) -> None:
         write_json(temporary / ABOUT, {"classes": manifest.classes, "sets": kept})
 
 
-def frozen(folder: Path) -> dict[str, Any]:
-    """What a frozen set says of itself, compared with its files.
+def frozen(folder: Path) -> Frozen:
+    """Read the manifest of an evaluation set, and compare the files with it.
 
     Raises:
-        InputError: it is damaged, or has been changed.
+        InputError: the set is damaged, has been changed, or lacks ID or OOD images.
     """
-    about = read_json(folder / ABOUT, "retrain")
-    try:
-        sets = {name: entry["sha256"] for name, entry in about["sets"].items()}
-        classes = list(about["classes"])
-    except (KeyError, TypeError, AttributeError):
-        raise InputError(f"{folder / ABOUT} describes no evaluation set: restore it.") from None
-    for name, expected in sets.items():
-        path = data_file(name, folder)
-        if not path.is_file() or digest(path) != expected:
-            raise InputError(f"{path} is missing or not what was frozen.", "frozen")
-    if "test" not in sets or len(sets) < 2:
-        raise InputError(f"{folder} needs ID images and an OOD set to compare detectors on.")
-    return {"classes": classes, "sets": list(sets)}
+    path = folder / ABOUT
+    manifest = validated(Frozen, read_json(path, "retrain"), str(path), "evaluation")
+    for name, entry in manifest.sets.items():
+        file = data_file(name, folder)
+        if not file.is_file() or digest(file) != entry.sha256:
+            raise InputError(f"{file} is missing or not what was frozen.", "evaluation")
+    if "test" not in manifest.sets or len(manifest.sets) < 2:
+        raise InputError(f"{folder} does not hold ID images and an OOD set.", "evaluation")
+    return manifest
 
 
 def frozen_digest(folder: Path) -> str:
-    """SHA-256 of a frozen set, whose files are as it says; see `frozen`."""
+    """SHA-256 of an evaluation set, once its files are known to be undamaged; see `frozen`."""
     frozen(folder)
     return digest(folder / ABOUT)
 
 
 def check_unseen(workspace: Workspace, folder: Path) -> None:
-    """Refuse a challenger that was made from images it is to be judged on.
+    """Refuse to judge a challenger on images that it was made from.
+
+    Args:
+        workspace: the run that made the challenger.
+        folder: the evaluation set.
 
     Raises:
-        InputError: an image of the frozen set is among those of training or validation.
+        InputError: an image of the evaluation set is also a training or validation image.
     """
 
     def images(path: Path) -> set[bytes]:
@@ -116,15 +130,15 @@ def check_unseen(workspace: Workspace, folder: Path) -> None:
     for split in ("train", "validation"):
         if seen := len(judged & images(workspace.images(split))):
             raise InputError(
-                f"{seen} images of {folder} are in {workspace.images(split)}, so the challenger "
-                "has seen what it is judged on.",
+                f"{seen} images of {folder} are also in {workspace.images(split)}, so the "
+                "challenger has seen what it is judged on.",
                 "unseen",
             )
 
 
 @torch.no_grad()
 def judged(detector: SavedDetector, folder: Path, name: str) -> tuple[Tensor, float]:
-    """Outlier scores (N,) of one set, and the accuracy in percent of its labels."""
+    """Outlier scores (N,) of the images of one set, and the accuracy in percent."""
     stated = detector.backbone.preprocessing
     encoded = imagesets.read_encoded(data_file(name, folder))
     scores, right = [], 0
@@ -147,32 +161,33 @@ def compare(
     resamples: int = 1000,
     seed: int = 0,
 ) -> Verdict:
-    """Judge a challenger on a frozen set; without a champion it wins.
+    """Compare a challenger with the champion on an evaluation set.
 
-    Both score the same images, and each bootstrap draw is of the same images for both (paired).
+    Both score the same images, and share each bootstrap resample (a paired comparison). Without a
+    champion, the challenger is promoted.
 
     Args:
-        challenger: what may replace the champion.
-        champion: what is in use.
-        folder: the frozen set.
-        max_accuracy_drop: points of ID accuracy that a better challenger may lose.
-        resamples: of the bootstrap.
-        seed: of its draws.
+        challenger: the detector that may replace the champion.
+        champion: the detector in use, if any.
+        folder: the evaluation set.
+        max_accuracy_drop: percentage points of ID accuracy that a better challenger may lose.
+        resamples: number of bootstrap resamples.
+        seed: of the resamples.
 
     Raises:
-        InputError: the set is damaged, or of other classes than a detector's.
+        InputError: the set is damaged, or its classes are not those of a detector.
 
     Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, section 13.3.
     """
-    about = frozen(folder)
-    outside = [name for name in about["sets"] if name != "test"]
+    manifest = frozen(folder)
+    outside = [name for name in manifest.sets if name != "test"]
     rows, accuracies = [], []
     for detector in (challenger, champion):
         if detector is None:
             continue
-        if list(detector.backbone.classes) != about["classes"]:
+        if list(detector.backbone.classes) != manifest.classes:
             raise InputError(
-                f"{folder} has other classes than the detector {detector.digest[:12]}.",
+                f"The classes of {folder} are not those of the detector {detector.digest[:12]}.",
                 "evaluation",
             )
         inside, accuracy = judged(detector, folder, "test")

@@ -88,8 +88,9 @@ def full_disk(error: BaseException, path: Path | None = None) -> str | None:
     told = isinstance(error, OSError) and error.errno in full
     if not told and not any(os.strerror(each) in str(error) for each in full):
         return None
-    place = path or getattr(error, "filename", None) or Path.cwd()
-    return f"No space is left for {place}: free some and run again, which resumes from here."
+    place = path or getattr(error, "filename", None)
+    where = f"for {place}" if place else "on the disk"
+    return f"No space is left {where}: free some and run again, which resumes from here."
 
 
 def digest(path: Path, algorithm: str = "sha256") -> str:

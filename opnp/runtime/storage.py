@@ -123,15 +123,14 @@ class Storage:
         origin: Callable[[Path], dict[str, Any]],
         compute: Callable[[Path], bool],
     ) -> tuple[bool, str]:
-        """Make a file in a folder of this thread's own and bring it here, unless it is here.
+        """Make a file in a temporary folder of this thread and upload it, unless it is here.
 
         Args:
-            inputs: what the folder must hold: the digests under which the files are here, by their
-                paths in the folder.
-            path: of the file in the folder.
-            origin: says what the file is to be made from; takes the folder.
-            compute: makes the file unless it is there, whole, and says whether it did; takes the
-                folder.
+            inputs: files that the folder must hold: their digests, by their paths in the folder.
+            path: path of the file in the folder.
+            origin: takes the folder, and returns what the file is to be made from.
+            compute: takes the folder, makes the file unless it is there and complete, and returns
+                whether it did.
 
         Returns:
             Whether the file was made, and its digest.
@@ -151,7 +150,7 @@ class Storage:
                 self.get(found, folder / path)
             except UnavailableError:
                 raise
-            except InputError:  # it was deleted or damaged: it is made again
+            except InputError:  # deleted or damaged, so it is made again
                 pass
         if not compute(folder) and found:
             return False, found
@@ -257,7 +256,7 @@ worker = threading.local()
 
 
 def own_folder() -> Path:
-    """A temporary folder of this thread's own, which lasts as long as the thread."""
+    """A temporary folder that only this thread uses, and that lasts as long as the thread."""
     if not hasattr(worker, "folder"):
         worker.folder = tempfile.TemporaryDirectory(prefix="opnp-worker-")
     return Path(worker.folder.name)

@@ -1,4 +1,4 @@
-"""Named tensors with metadata and a checksum on disk: safetensors, never pickle."""
+"""Files of named tensors with metadata and a checksum, as safetensors, never pickle."""
 
 import hashlib
 import json
@@ -17,8 +17,8 @@ from opnp.runtime.files import atomic
 
 __all__ = ["load", "metadata", "save"]
 
-# safetensors writes its metadata in an order of its own, another in every process. One entry, which
-# holds all of ours as JSON, has only one order, so that the same contents make the same file.
+# safetensors writes metadata in an order that differs between processes. Ours are JSON in a single
+# entry, so that the same contents make the same file.
 ENTRY = "opnp"
 
 
@@ -46,7 +46,7 @@ def load(path: Path, about: str | None = None) -> tuple[dict[str, Tensor], dict[
         about: what is at fault if it cannot be read, such as ``stage:train``; see `opnp.errors`.
 
     Raises:
-        InputError: the file is missing, truncated, altered or no safetensors file.
+        InputError: the file is missing, truncated, altered or not a safetensors file.
     """
     with opened(path, about) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -61,7 +61,7 @@ def metadata(path: Path, about: str | None = None) -> dict[str, Any]:
     """Read the metadata without the tensors; the checksum is not verified.
 
     Raises:
-        InputError: the file is missing, truncated or no safetensors file.
+        InputError: the file is missing, truncated or not a safetensors file.
     """
     with opened(path, about) as file:
         found = stated(file)
@@ -71,7 +71,7 @@ def metadata(path: Path, about: str | None = None) -> dict[str, Any]:
 
 @contextmanager
 def opened(path: Path, about: str | None) -> Iterator[Any]:
-    """Open a safetensors file; whatever goes wrong in the block is told in one sentence."""
+    """Open a safetensors file, and turn errors in the block into sentences."""
     if not Path(path).is_file():
         raise InputError(f"{path} is missing.", about)
     try:

@@ -512,7 +512,7 @@ def test_sets_whose_files_are_missing_are_refused_or_left_out_and_recorded(
     fetch.run(HERE, skipping)
     assert read_manifest(HERE.data).missing == {"isun": "downloads/isun", "mine": "absent.csv"}
     assert list(read_manifest(HERE.data).ood) == ["held-out-digits", "letters"]
-    assert "the OOD set mine is left out: " in caplog.text
+    assert "The OOD set mine is left out: " in caplog.text
     assert Run(HERE, skipping).manifest == read_manifest(HERE.data)
     saved(Path("downloads/isun"), 5)
     fetch.run(HERE, skipping)
@@ -569,7 +569,7 @@ def test_images_that_cannot_be_prepared_are_left_out_of_a_fetch() -> None:
         fetch.run(HERE, parameters_with(**values, max_unreadable=0))
 
 
-def test_id_images_in_an_ood_set_are_counted_or_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_id_images_in_an_ood_set_are_counted_or_refused(caplog: pytest.LogCaptureFixture) -> None:
     saved(Path("mine"), 60)
     saved(Path("far"), 6, suffix="bmp")  # the same pictures in other files
     rng = np.random.default_rng(0)
@@ -581,7 +581,7 @@ def test_id_images_in_an_ood_set_are_counted_or_refused(capsys: pytest.CaptureFi
     known = sum(y != 2 for _, y in digits(6))
     assert (entry.count, entry.also_id) == (11, known)
     said = f"{known} of the 11 images of the OOD set others (far) are ID images as well"
-    assert said in capsys.readouterr().out
+    assert said in caplog.text
     assert read_manifest(HERE.data).sets["ood/two"].also_id == 0
     assert "also_id" not in read_manifest(HERE.data).as_json()["sets"]["ood/two"]
     with pytest.raises(

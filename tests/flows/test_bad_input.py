@@ -254,7 +254,7 @@ def photographs(path: Path, count: int, bad: set[int]) -> None:
 
 
 def test_a_few_images_that_cannot_be_read_are_left_out_and_named(
-    workspace: Path, prefect_api: str, call: Call, capsys: pytest.CaptureFixture[str]
+    workspace: Path, prefect_api: str, call: Call, caplog: pytest.LogCaptureFixture
 ) -> None:
     photographs(workspace / "mine.parquet", 300, {7, 123})
     others = {"letters": "letters", "mine": "mine.parquet"}
@@ -264,7 +264,7 @@ def test_a_few_images_that_cannot_be_read_are_left_out_and_named(
     assert entry.count == 298
     assert sorted(entry.unreadable) == ["mine.parquet#123", "mine.parquet#7"]
     assert read_manifest(HERE.data).sets["ood/letters"].unreadable == []
-    assert "2 image(s) of mine.parquet cannot be read and are left out" in capsys.readouterr().err
+    assert "2 image(s) of mine.parquet cannot be read and are left out" in caplog.text
     before = files(workspace / "data")
     set_parameters(workspace, {"data.max_unreadable": 1})
     message = call(fetch)

@@ -1,6 +1,7 @@
 """Retraining: what is promoted, what is rejected, and what leaves the champion untouched."""
 
 import copy
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -40,7 +41,7 @@ def place(own: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def good(detector_folder: Path, place: Path) -> SavedDetector:
     """The user's detector, its classes named as the digits' are."""
     found = opnp.load(detector_folder, trust=own_model.SPEC)
-    classes = champion.frozen(place / "frozen")["classes"]
+    classes = champion.frozen(place / "frozen").classes
     return replace(found, backbone=replace(found.backbone, classes=classes))
 
 
@@ -173,6 +174,22 @@ def test_images_that_were_trained_on_do_not_judge(
     shutil.copy2("data/train.parquet", tmp_path / "frozen" / "test.parquet")
     with pytest.raises(InputError, match=r"has seen what it is judged on"):
         champion.check_unseen(HERE, tmp_path / "frozen")
+
+
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [
+        ({"classes": ["a"], "sets": {"test": {}}}, r"`sets\.test\.sha256` is missing"),
+        ({"classes": ["a"], "sets": {}}, "does not hold ID images and an OOD set"),
+        ([], "manifest.json: "),
+    ],
+)
+def test_a_manifest_of_no_evaluation_set_is_refused(
+    manifest: Any, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=said):
+        champion.frozen(tmp_path)
 
 
 def test_another_evaluation_set_under_the_same_name_is_refused(

@@ -97,12 +97,15 @@ def id_sets(workspace: Workspace, parameters: Parameters) -> dict[str, ImageSet]
     known = [label for label in range(len(classes)) if label not in data.held_out]
     if len(known) < 2:
         raise InputError(
-            f"Of the {len(classes)} classes {len(known)} would remain, and at least 2 are needed.",
+            f"Of the {len(classes)} classes {len(known)} would remain: hold out fewer, so that at "
+            "least 2 remain.",
             "data.held_out",
         )
     names = [classes[label] for label in known]
     if "all" in splits and data.test is None:
-        raise InputError(f"{data.id} has no test split.", "data.test")
+        raise InputError(
+            f"{data.id} has no test split: state the percentage of images to test on.", "data.test"
+        )
     for name, split in splits.items():
         wrong = np.flatnonzero((split.labels < 0) | (split.labels >= len(classes)))
         if len(wrong):
@@ -182,7 +185,7 @@ def divide(
         parts = {"test": order[:first], "validation": order[first:stop], "train": order[stop:]}
         if empty := [split for split in ("train", "validation") if len(parts[split]) == 0]:
             raise InputError(
-                f"Class {classes[label]} of {data.id} has no {empty[0]} images: add some or hold "
+                f"Class {classes[label]} of {data.id} has no {empty[0]} images: add some, or hold "
                 "the class out.",
                 "data.held_out",
             )
@@ -224,7 +227,7 @@ def ood_set(workspace: Workspace, parameters: Parameters, name: str) -> dict[str
     except (MissingError, UnavailableError) as error:
         if data.missing == "refuse" or role not in KINDS:
             raise
-        logger.warning("the OOD set %s is left out: %s", name.split("/")[1], error)
+        logger.warning("The OOD set %s is left out: %s", name.split("/")[1], error)
         return {}
     return {name: replace(entry, unreadable=unreadable.images)}
 
@@ -260,7 +263,7 @@ def manifest(workspace: Workspace, parameters: Parameters, sets: dict[str, Image
 
 
 def count_id_images(workspace: Workspace, sets: dict[str, ImageSet]) -> dict[str, int]:
-    """Count the images of each OOD set that are ID images as well, and log how many.
+    """Count the images of each OOD set that are ID images as well, and warn of them.
 
     Raises:
         InputError: all images of a set are.
@@ -282,12 +285,8 @@ def finish(workspace: Workspace, manifest: Manifest) -> None:
     write_json(workspace.fetched / MANIFEST, manifest.as_json())
     for entry in manifest.sets.values():
         if left_out := entry.unreadable:
-            logger.warning(
-                "%d image(s) of %s cannot be read and are left out: %s",
-                len(left_out),
-                entry.source,
-                ", ".join(left_out),
-            )
+            told = "%d image(s) of %s cannot be read and are left out: %s"
+            logger.warning(told, len(left_out), entry.source, ", ".join(left_out))
     place = workspace.data.resolve()  # a link to another disk stays a link
     old = place.with_name(f"{place.name}.old")
     shutil.rmtree(old, ignore_errors=True)
