@@ -31,7 +31,7 @@ SEAM = ROOT / "opnp" / "cli" / "pipeline.py"  # the one place where `opnp` calls
 # What only programs may say in an error: commands, options, files and keys of parameters.
 PROGRAMS = re.compile(
     r"python -m|`opnp |(^|[\s`'\"(])--[a-z]|params\.yaml|"
-    r"(?<![\w.])(train|data|search|evaluate|engine|features|energy|retrain)\.[a-z_]+(?!\w|[.(]\w)"
+    r"(?<![\w./])(train|data|search|evaluate|engine|features|energy|retrain)\.[a-z_]+(?!\w|[.(]\w)"
 )
 
 FILES = sorted((ROOT / "opnp").rglob("*.py"))
