@@ -21,21 +21,22 @@ from opnp.runtime import tensors
 __all__ = ["file_of", "read_weights"]
 
 SUFFIXES = {".safetensors", ".pt", ".pth", ".ckpt", ".bin", ".th", ".tar"}
-"""By these a name is taken for that of a file, even if there is no such file."""
+"""A name that ends in one of these means a file, even if the file does not exist."""
 
 WRAPPERS = (
     "state_dict", "model_state_dict", "model_state", "model", "net", "network", "module", "params",
     "weights",
 )  # fmt: skip
-"""Keys under which the weights of the model itself are saved; an average of them is not."""
+"""Keys under which training scripts save the model's own weights, not an average of them."""
 
-DEPTH = 3  # wrappers within wrappers; a pickle may even hold itself
+DEPTH = 3  # of wrappers within wrappers; a pickle may even contain itself
 
 
 class Unread:
-    """Stands for a class, and for every object of it, that only running code could make.
+    """A stand-in for a class that only running code could provide, and for all objects of it.
 
-    torch's reader calls classes, and tells objects their state: all of that leads back here.
+    Whatever the reader of torch does with the class or an object (call it, make an instance, set
+    its state) returns the same stand-in and runs nothing.
     """
 
     def __init__(self, name: str):
@@ -46,7 +47,7 @@ class Unread:
         return self
 
     def __setstate__(self, _: object) -> None:
-        """Keep nothing."""
+        """Discard the state."""
 
 
 def file_of(weights: str | Path | None) -> Path | None:
@@ -55,11 +56,11 @@ def file_of(weights: str | Path | None) -> Path | None:
         return None
     path, _ = parted(weights)
     named = isinstance(weights, Path) or path.suffix in SUFFIXES or len(path.parts) > 1
-    return path if named or path.exists() else None
+    return path if named or path.is_file() else None
 
 
 def parted(weights: str | Path) -> tuple[Path, str | None]:
-    """A file, and the key in it after a ``#``; a file that has one in its name is taken first."""
+    """The file, and the key after ``#`` if there is one; a file of the whole name comes first."""
     if "#" not in str(weights) or Path(weights).exists():
         return Path(weights), None
     path, _, key = str(weights).rpartition("#")
@@ -73,11 +74,12 @@ def read_weights(weights: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
         weights: FILE or FILE#KEY; see the module.
 
     Returns:
-        Tensors by name, at least one, in an ordinary layout on the CPU; and what `save_backbone`
-        stated beside them: ``preprocessing``, ``classes`` and ``spec``; nothing for another file.
+        At least one tensor by its name, dense and on the CPU; and what `save_backbone` states of
+        them, ``preprocessing``, ``classes`` and ``spec``, empty for any other file.
 
     Raises:
-        InputError: the file is missing or damaged, holds no weights, or several models' weights.
+        InputError: the file is missing or damaged, or it holds no weights or those of several
+            models.
     """
     path, key = parted(weights)
     if not path.exists():
@@ -103,7 +105,7 @@ def read_weights(weights: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def kind_of(head: bytes) -> str:
-    """What a file is that begins with these bytes and is not of weights."""
+    """What kind of file begins with these bytes, which are not those of a file of weights."""
     if not head:
         return "it is empty"
     if head.startswith(b"version https://git-lfs"):
@@ -114,7 +116,7 @@ def kind_of(head: bytes) -> str:
 
 
 def unpickled(path: Path) -> Any:
-    """What `torch.save` wrote, with `Unread` in place of objects that only code could make."""
+    """What `torch.save` wrote, with `Unread` in place of objects that only code could provide."""
     with warnings.catch_warnings(), path.open("rb") as file:
         warnings.simplefilter("ignore")  # of TorchScript, which is told below
         try:
@@ -138,7 +140,7 @@ def unpickled(path: Path) -> Any:
 
 
 def unreadable(path: Path, error: Exception, names: Sequence[str]) -> InputError:
-    """Why `torch.load` does not read a file, without its advice to run the code in it."""
+    """Why `torch.load` cannot read a file, without its advice to run the code in the file."""
     if "TorchScript" in str(error):
         return InputError(
             f"{path} holds a TorchScript program, not weights: save its `state_dict()`."

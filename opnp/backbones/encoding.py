@@ -21,10 +21,10 @@ def encode(
     """Penultimate features, float32 (N, L) on the CPU, of batches of normalized images.
 
     Args:
-        encoder: maps images to features, on ``device``.
-        batches: float32 (N, C, H, W) each.
-        device: where it computes.
-        precision: of its products; bfloat16 keeps 8 bits of them.
+        encoder: maps images to features; it is on ``device``.
+        batches: normalized images, float32 (N, C, H, W) each.
+        device: where the encoder runs.
+        precision: of matrix products and convolutions; bfloat16 keeps 8 bits.
 
     Raises:
         InputError: the encoder's output is not (N, L).
@@ -38,7 +38,7 @@ def encode(
     features = torch.cat(parts).cpu()
     if features.ndim != 2:
         raise InputError(
-            f"The encoder gives features of shape {tuple(features.shape)}, not (N, L): "
+            f"The encoder returns features of shape {tuple(features.shape)}, not (N, L): "
             "it must end with pooling and flattening."
         )
     return features

@@ -83,13 +83,27 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None
         versions = {}
         whole = any(kind(name, aligned, expected) for name in aligned if name in expected)
         if whole or not fits(copy.deepcopy(model), aligned):
-            if not hits(list(aligned), expected.keys()):
+            part = part_that_fits(state, model)
+            if part is not None:
+                told = [f"those under `{part}.` do, but not all: end the file's name in #{part}"]
+            elif not hits(list(aligned), expected.keys()):
                 one, other = next(iter(aligned)), next(iter(expected), "none")
                 told = [f"they are named like `{one}`, the model's like `{other}`"]
             more = f", and {len(told) - TOLD} more" if len(told) > TOLD else ""
             words = "; ".join(told[:TOLD]) + more
             raise InputError(f"{what} do not fit the model ({words}).", "weights")
     load(model, aligned, versions)
+
+
+def part_that_fits(state: Mapping[str, Tensor], model: nn.Module) -> str | None:
+    """The first part of names under which the tensors fit the model, although others do not."""
+    expected = model.state_dict()
+    for part in dict.fromkeys(name.partition(".")[0] for name in state):
+        start = f"{part}."
+        under = {n.removeprefix(start): each for n, each in state.items() if n.startswith(start)}
+        if under and not differences(align(under, model), expected):
+            return part
+    return None
 
 
 def load(model: nn.Module, state: Mapping[str, Tensor], versions: Mapping[str, Any]) -> list[str]:

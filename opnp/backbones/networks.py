@@ -1,4 +1,4 @@
-"""Small networks for small images, trained here: a residual one, a ConvNeXt, a transformer."""
+"""Small networks for small images, to train from scratch: a ResNet, a ConvNeXt, a transformer."""
 
 import torch
 from torch import Tensor, nn
@@ -37,10 +37,10 @@ class Pool(nn.Module):
 
 
 class ResNet(nn.Sequential):
-    """A residual encoder for small images: a stem, three stages, global average pooling.
+    """A ResNet encoder for small images: a stem, three stages, global average pooling.
 
     Args:
-        channels: of the images.
+        channels: channels of the images.
         size: side of the images in pixels.
         width: channels of the first stage; the features have 4 × ``width``.
         depth: blocks in each stage.
@@ -86,7 +86,7 @@ class ConvNeXt(nn.Sequential):
     """A ConvNeXt for small images: three stages, each at half the resolution of the one before.
 
     Args:
-        channels: of the images.
+        channels: channels of the images.
         size: side of the images in pixels.
         width: channels of the first stage; the features have 4 × ``width``.
         depth: blocks in each stage.
@@ -107,7 +107,7 @@ class ConvNeXt(nn.Sequential):
 
 
 class Patches(nn.Module):
-    """Cut images into patches and embed each, with its place, as a token: (N, patches, width)."""
+    """Embed each patch of an image, with its position, as a token: (N, patches, width)."""
 
     def __init__(self, channels: int, size: int, patch: int, width: int):
         super().__init__()
@@ -119,7 +119,7 @@ class Patches(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention and a perceptron, each after normalization (Dosovitskiy et al., Fig. 1)."""
+    """Self-attention and a perceptron, each normalized before (Dosovitskiy et al., Fig. 1)."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -150,12 +150,12 @@ class MeanToken(nn.Module):
 
 
 class ViT(nn.Sequential):
-    """A small vision transformer: patches of a seventh or an eighth of the image, mean of tokens.
+    """A small vision transformer: about 7 × 7 patches, and the mean of their tokens.
 
     Args:
-        channels: of the images.
+        channels: channels of the images.
         size: side of the images in pixels, at least 4.
-        width: the tokens and the features have 4 × ``width``, in heads of 32.
+        width: a quarter of the width of tokens and features; attention has heads of width 32.
         depth: a third of the number of blocks.
 
     Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", ICLR 2021, arXiv 2010.11929; the
@@ -178,4 +178,4 @@ NETWORKS: dict[str, type[ResNet] | type[ConvNeXt] | type[ViT]] = {
     "convnext": ConvNeXt,
     "vit": ViT,
 }
-"""Encoders by name, each made from (channels, size, width, depth) and giving 4 × width features."""
+"""Encoders by name. Each takes (channels, size, width, depth) and returns 4 × width features."""

@@ -19,23 +19,27 @@ def excess(features: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
 class Rectifier:
     """Logits for training whose contributions W_ij·h_j are clipped to a threshold λ (SPCP).
 
-    f_i = Σ_j min(W_ij h_j, λ) + b_i, so that a class learns to rest on many weights. For each batch
-    λ ← decay·λ + (1 − decay)·q, where q is the mean over its samples of the percentile of a
-    sample's K·L contributions; the backward pass takes λ as a constant.
+    f_i = Σ_j min(W_ij h_j, λ) + b_i, so that a class learns to rely on many weights. For each batch
+    λ ← decay·λ + (1 − decay)·q. For q, take the percentile of each sample's K·L contributions, and
+    the mean of these over the samples. The backward pass treats λ as a constant.
 
-    Of the B·K·L contributions of a batch, those of one class or `CONTRIBUTIONS` are held at once,
-    since the backward pass computes them anew, and so many are looked at for q: all of them for
-    small heads, those of 16 samples for K = 1000, L = 512. A head of more than 2²⁴ weights is more
-    than `torch.quantile` takes.
+    A batch has B·K·L contributions. To save memory, those of one class at a time, or at most
+    `CONTRIBUTIONS`, are held, and the backward pass computes them again. q is estimated from as
+    many samples as `CONTRIBUTIONS` allows: all of them for small heads, 16 for K = 1000, L = 512.
+    `torch.quantile` does not take a head of more than 2²⁴ weights.
 
     Source: Xu and Yang, "Shaping Parameter Contribution Patterns for Out-of-Distribution
-    Detection", AAAI 2026, arXiv 2603.07195. From the authors' code (github.com/njustkmg/
-    AAAI2026-SPCP): one λ for all classes, its update, before the batch is clipped, and 16 samples
-    for q from 200 classes on; with percentile 70 for CIFAR-10, 99.5 for CIFAR-100 and 99.8 for
-    ImageNet-200. Ours: they start at λ = 1000 with decay 0.999, so that thousands of steps clip
-    nothing, more than a whole training has here; λ starts at the first batch's q, and decay is the
-    0.95 of their default configuration. Their evaluation clips as well; here a trained head is a
-    plain linear layer.
+    Detection", AAAI 2026, arXiv 2603.07195. As in the authors' code (github.com/njustkmg/
+    AAAI2026-SPCP): one λ for all classes, updated before the batch is clipped; q of 16 samples
+    from 200 classes on. They use percentile 70 for CIFAR-10, 99.5 for CIFAR-100 and 99.8 for
+    ImageNet-200. Unlike theirs: they start at λ = 1000 with decay 0.999, so that the first
+    thousands of steps, more than a whole training has here, clip nothing. Here λ starts at the
+    first batch's q, and decay is the 0.95 of their default configuration. Their evaluation clips as
+    well; here a trained head is a plain linear layer.
+
+    Args:
+        percentile: in (0, 100).
+        decay: share of λ that stays at each update.
     """
 
     def __init__(self, percentile: float, decay: float = 0.95):

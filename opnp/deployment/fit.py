@@ -72,6 +72,7 @@ class Features:
         for tensor in backbone.classifier.state_dict().values():
             sha.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         self.origin = {
+            "spec": json.dumps(backbone.spec, sort_keys=True),  # some options are in no weight
             "model": sha.hexdigest(),
             "preprocessing": json.dumps(backbone.preprocessing.as_json()),
             "device": device.type,

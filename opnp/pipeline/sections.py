@@ -230,8 +230,8 @@ class Evaluate(Settings):
     )
     training_images: Positive = Field(
         default=5000,
-        description="Largest number of training images to fit detectors of images (odin, rankfeat, "
-        "nac) on.",
+        description="Largest number of training images to fit detectors of images (odin, rankfeat) "
+        "on.",
     )
     bootstrap: Positive = Field(
         default=200, description="Bootstrap resamples behind the 95 % intervals."

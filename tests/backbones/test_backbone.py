@@ -357,6 +357,19 @@ def test_the_stages_take_a_librarys_model(folder: Path) -> None:
     stages.train.run(HERE, chosen({"train.preprocessing": "wanted.json"}))
     assert load_backbone(HERE.backbone).preprocessing == SMALL
 
+    options = {"train.backbone": f"{SPEC}?width_mult=0.5", "train.preprocessing": None}
+    settings = chosen({**options, "train.checkpoint": None})
+    assert stages.train.run(HERE, settings)["features"] == 512
+    assert load_backbone(HERE.backbone).spec == {"name": SPEC, "width_mult": 0.5}
+    shutil.copy2(HERE.backbone, "half.safetensors")
+    assert stages.train.run(HERE, chosen({"train.checkpoint": "half.safetensors"}))
+    with pytest.raises(InputError, match=r"half\.safetensors states the backbone"):
+        stages.train.run(HERE, chosen({"train.backbone": f"{SPEC}?width_mult=0.75"}))
+    torch.save({"best": small_model(7).state_dict()}, "kept.pth")
+    keyed = {"train.backbone": SPEC, "train.checkpoint": "kept.pth#best"}
+    settings = chosen({**keyed, "train.preprocessing": "wanted.json"})
+    assert stages.train.run(HERE, settings)["checkpoint"] == digest(Path("kept.pth"))
+
 
 # Factories
 

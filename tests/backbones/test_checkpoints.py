@@ -346,7 +346,7 @@ def without(*parts: str) -> dict[str, Tensor]:
         ),
         (
             {**state("model."), "criterion.weight": torch.ones(4)},
-            "(they are named like `model.features.0.weight`, the model's like `features.0.weight`)",
+            "(those under `model.` do, but not all: end the file's name in #model)",
         ),
         ({"a": torch.ones(2)}, "(they are named like `a`, the model's like `features.0.weight`)"),
         (

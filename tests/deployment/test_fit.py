@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,9 @@ def test_a_fit_that_was_stopped_goes_on(
     assert torch.equal(resumed.sensitivity.weights, whole.sensitivity.weights)
 
 
-@pytest.mark.parametrize("what", ["damaged", "another image", "another model", "another seed"])
+@pytest.mark.parametrize(
+    "what", ["damaged", "another image", "another model", "another option", "another seed"]
+)
 def test_shards_of_something_else_are_made_again(
     what: str,
     own: Path,
@@ -146,6 +149,10 @@ def test_shards_of_something_else_are_made_again(
         expected = 1
     elif what == "another model":
         monkeypatch.setattr(own_model, "backbone", lambda folder: changed(folder))
+        expected = 2 + 1 + 12
+    elif what == "another option":  # which may change what the same weights compute
+        spec = {**original(own).spec, "slope": 0.1}
+        monkeypatch.setattr(own_model, "backbone", lambda f: replace(original(f), spec=spec))
         expected = 2 + 1 + 12
     else:
         settings = changed_settings(seed=1)
