@@ -1,6 +1,7 @@
 """Rooms import only rooms below them, and heavy libraries stay where they belong."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,12 @@ ROOMS = (
 DOORS = {"__init__", "__main__", "serving"}  # the package's face, its program, and a loader's shim
 
 SEAM = ROOT / "opnp" / "cli" / "pipeline.py"  # the one place where `opnp` calls `flows`
+
+# What only programs may say in an error: commands, options, files and keys of parameters.
+PROGRAMS = re.compile(
+    r"python -m|`opnp |(^|[\s`'\"(])--[a-z]|params\.yaml|"
+    r"(?<![\w./])(train|data|search|evaluate|engine|features|energy|retrain)\.[a-z_]+(?!\w|[.(]\w)"
+)
 
 FILES = sorted((ROOT / "opnp").rglob("*.py"))
 
@@ -68,6 +75,21 @@ def test_the_program_imports_the_flows_only_when_a_command_runs() -> None:
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [getattr(node, "module", None), *(alias.name for alias in node.names)]
             assert not any(str(name).startswith("flows") for name in names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_library_prints_nothing_and_leaves_remedies_to_programs(path: Path) -> None:
+    if room(path) == "cli":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            assert getattr(node.func, "id", "") != "print", f"{path}:{node.lineno}"
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
+            parts = [each for each in ast.walk(node.exc.args[0]) if isinstance(each, ast.Constant)]
+            fact = "{}".join(str(each.value) for each in parts)
+            # What is read from params.yaml is validated under the names of the file.
+            if path != ROOT / "opnp" / "pipeline" / "parameters.py":
+                assert not PROGRAMS.search(fact), f"{path}:{node.lineno}: {fact}"
 
 
 def test_mlflow_is_known_to_tracking_alone() -> None:

@@ -28,8 +28,8 @@ FIT = {
     **OTHERS,
     "backbone": "correct --model",
     "classes": "correct --classes",
-    "proxies": "remove it from --proxies",
     "preprocessing": "state it with --preprocessing",
+    "proxies": "remove it from --proxies",
     "weights": "correct --weights",
 }
 PIPELINE = {
@@ -38,10 +38,11 @@ PIPELINE = {
     "batch_size": "lower features.batch_size in params.yaml",
     "classes": "correct data.id in params.yaml",
     "data": "correct the section data of params.yaml",
+    "data.test": "state in data.test what percentage of the images to test on",
     "evaluation": "restore it, or name another folder in retrain.evaluation",
-    "proxies": "remove it from search.proxies in params.yaml",
     "id": "correct data.id in params.yaml",
     "preprocessing": "state it with train.preprocessing in params.yaml",
+    "proxies": "remove it from search.proxies in params.yaml",
     "storage": "delete it from the storage and run again",
     "trust": "name it in train.backbone if you trust it",
     "unseen": "give data.id its own test split, or name another folder in retrain.evaluation",
@@ -62,7 +63,9 @@ def called_as(path: str) -> Iterator[None]:
 def tell(error: InputError) -> str:
     """The error in one sentence, with the remedy in the words of the program that was called."""
     fact, remedy = str(error), remedy_for(error.about)
-    return f"{fact[:-1]}: {remedy}." if remedy and fact.endswith(".") else fact
+    if not remedy or not fact.endswith("."):
+        return fact
+    return f"{fact[:-1]} ({remedy})." if ": " in fact else f"{fact[:-1]}: {remedy}."
 
 
 def remedy_for(about: str | None) -> str | None:
@@ -71,11 +74,13 @@ def remedy_for(about: str | None) -> str | None:
     if about in ("run", "retrain") or about.startswith("stage:"):
         return f"run `{command(about)}`"
     words = CALLED.get().split()
+    table = OTHERS
     if words[:2] == ["opnp", "fit"]:
-        return FIT.get(about)
-    if words[0] != "opnp" or words[1:2] in (["run"], ["stage"], ["retrain"], ["monitor"]):
-        return PIPELINE.get(about, f"correct {about} in params.yaml" if "." in about else None)
-    return OTHERS.get(about)
+        table = FIT
+    elif words[0] != "opnp" or words[1] in ("run", "stage", "retrain", "monitor"):
+        table = PIPELINE
+    # A parameter, such as search.clip; commands that read no parameters raise no error about one.
+    return table.get(about, f"correct {about} in params.yaml" if "." in about else None)
 
 
 def command(about: str) -> str:

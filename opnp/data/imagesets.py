@@ -21,7 +21,7 @@ from torch import Tensor
 from opnp.data.decoding import decode
 from opnp.data.preprocessing import fit
 from opnp.data.splits import Example, Unreadable
-from opnp.errors import InputError
+from opnp.errors import InputError, first_line
 from opnp.runtime.files import atomic, digest, read_json
 from opnp.runtime.storage import RemoteFile
 
@@ -316,7 +316,7 @@ def read_encoded(path: Path | RemoteFile, start: int = 0, stop: int | None = Non
     except FileNotFoundError:
         raise InputError(f"{path} is missing.") from None
     except (OSError, pa.ArrowException, KeyError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         about = None if isinstance(path, Path) else "storage"
         raise InputError(f"{path} is damaged ({reason}).", about) from None
     offset = int(ends[first - 1]) if first else 0

@@ -7,9 +7,9 @@ A run of the pipeline is a run in MLflow, and each of its detectors a child of t
 `opnp compare` puts side by side over backbones, data and seeds.
 """
 
+import logging
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ from opnp.tracking.runs import log
 from opnp.workspace import Workspace
 
 __all__ = ["begin", "begun", "log_or_wait", "log_waiting", "record_run", "stash", "waiting"]
+
+logger = logging.getLogger(__name__)
 
 
 def files(workspace: Workspace) -> list[Path]:
@@ -86,10 +88,12 @@ def log_or_wait(workspace: Workspace) -> None:
         return
     for folder, error in log_waiting(workspace).items():
         if error:
-            print(
-                f"MLflow at {tracking_uri(workspace)} could not be reached, or refused the run "
-                f"({first_line(error)}): it waits in {folder} and is logged with the next.",
-                file=sys.stderr,
+            logger.warning(
+                "MLflow at %s could not be reached, or refused the run (%s): it waits in %s and is "
+                "logged with the next.",
+                tracking_uri(workspace),
+                first_line(error),
+                folder,
             )
 
 

@@ -23,7 +23,7 @@ from tests.test_layers import FILES
         ("python -m flows.report", "run", "x is missing: run `python -m flows.pipeline`."),
         ("opnp monitor", "retrain", "x is missing: run `opnp retrain`."),
         ("opnp stage search", "search.clip", "x is missing: correct search.clip in params.yaml."),
-        ("opnp show", "search.clip", "x is missing."),
+        ("opnp fit", "search.clip", "x is missing: correct search.clip in params.yaml."),
         ("opnp show", None, "x is missing."),
     ],
 )
@@ -32,6 +32,12 @@ def test_the_remedy_is_in_the_words_of_the_program(path: str, about: str, said: 
         told = tell(InputError("x is missing.", about))
     assert told.startswith(said)
     assert told.endswith(".")
+
+
+def test_a_sentence_with_a_colon_takes_the_remedy_in_parentheses() -> None:
+    with called_as("opnp fit"):
+        told = tell(InputError("x is not a file of weights: it is empty.", "weights"))
+    assert told == "x is not a file of weights: it is empty (correct --weights)."
 
 
 def test_a_question_is_left_as_it_is() -> None:

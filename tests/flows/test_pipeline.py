@@ -487,20 +487,20 @@ def test_mlflow_holds_each_detector_as_a_child_of_the_run(workspace: Path) -> No
 
 
 def test_a_tracking_server_that_is_down_loses_nothing(
-    workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workspace: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     records.stash(Run(HERE, parameters.load()), {"train": 1.5})
     records.log_or_wait(HERE)
-    assert "could not be reached" in capsys.readouterr().err
+    assert "could not be reached" in caplog.text
     assert len(records.waiting(HERE)) == 1
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     (HERE.unlogged / "0-broken").mkdir()
     (HERE.unlogged / "0-broken" / "run.json").write_text("{")
     records.log_or_wait(HERE)
-    assert "0-broken" in capsys.readouterr().err
+    assert "0-broken" in caplog.text
     assert [folder.name for folder in records.waiting(HERE)] == ["0-broken"]
     assert 1.5 in [run.data.metrics["seconds/train"] for run in mlflow_runs()]
 

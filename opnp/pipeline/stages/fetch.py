@@ -103,9 +103,7 @@ def id_sets(workspace: Workspace, parameters: Parameters) -> dict[str, ImageSet]
         )
     names = [classes[label] for label in known]
     if "all" in splits and data.test is None:
-        raise InputError(
-            f"{data.id} has no test split: state the percentage of images to test on.", "data.test"
-        )
+        raise InputError(f"{data.id} has no test split.", "data.test")
     for name, split in splits.items():
         wrong = np.flatnonzero((split.labels < 0) | (split.labels >= len(classes)))
         if len(wrong):
