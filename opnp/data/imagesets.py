@@ -174,9 +174,12 @@ def write(
     def prepared() -> Iterator[tuple[bytes, int]]:
         for image, y in examples:
             try:
-                yield png(fit(image, size, mode, resize, interpolation)), y
+                data = png(fit(image, size, mode, resize, interpolation))
             except InputError as error:
                 unreadable.add(str(getattr(image, "filename", "")), error)
+                continue
+            del image  # before the next is decoded
+            yield data, y
 
     labels: Counter[int] = Counter()
     remaining = islice(prepared(), limit)

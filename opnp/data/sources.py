@@ -8,6 +8,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from opnp.data import generated
@@ -158,8 +159,8 @@ def open_ood(
             yield from generated.noise(size, rng)
         case _:
             [split] = (open_id(spec) if spec == "digits" else outside(spec)).splits.values()
-            for image, _ in split.examples(rng.permutation(len(split)), unreadable):
-                yield image, -1
+            rows = rng.permutation(len(split))
+            yield from split.select(rows, np.full(len(rows), -1)).examples(None, unreadable)
 
 
 def outside(spec: str) -> Source:

@@ -235,6 +235,7 @@ class Split:
                 unreadable.add(self.name(int(row)), error)
                 continue
             yield image, int(self.labels[row])
+            del image  # before the next is decoded
 
 
 class Source(NamedTuple):

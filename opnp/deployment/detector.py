@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -183,9 +184,12 @@ class SavedDetector:
             InputError: there are none, or one cannot be read.
         """
         parts = []
-        # Decoded one after another: each is freed before the next.
-        given = [images] if isinstance(images, Picture) else images
-        pixels = (self.backbone.preprocessing.pixels(opened(each)) for each in given)
+
+        # Each image is freed before the next is decoded; a generator expression would keep it.
+        def prepared(image: Picture) -> NDArray[np.uint8]:
+            return self.backbone.preprocessing.pixels(opened(image))
+
+        pixels = map(prepared, [images] if isinstance(images, Picture) else images)
         while batch := list(islice(pixels, batch_size)):
             parts.append(self.predict(unit(np.stack(batch))))
         if not parts:

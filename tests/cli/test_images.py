@@ -6,11 +6,13 @@ import os
 import shutil
 import struct
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,9 +23,9 @@ from PIL.PngImagePlugin import PngImageFile
 import opnp
 from opnp.backbones.shards import read_shard
 from opnp.cli import app
-from opnp.data import images
+from opnp.data import decoding, images, imagesets, sources, splits
 from opnp.data.images import Images
-from opnp.deployment import fit, score
+from opnp.deployment import fit, mlflow_model, score
 from opnp.deployment.detector import SavedDetector
 from opnp.errors import InputError
 from tests.helpers import own_model
@@ -426,6 +428,37 @@ def test_images_that_vanish_during_a_fit_are_left_out(
         own_model.backbone(own), train, validation, Path("features"), own_model.QUICK
     ).made
     assert made["unreadable"] == [f"{files[4]} is missing: put it back, or leave it out."]
+
+
+def test_images_are_freed_before_the_next_are_decoded(
+    files: Files, detector: SavedDetector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a request, in a fetch, and in what `batches` gives to its threads."""
+    alive: list[int] = []
+    most = 0
+
+    def counted(*given: Any, **options: Any) -> Image.Image:
+        nonlocal most
+        image = decoding.decode(*given, **options)
+        alive.append(1)
+        most = max(most, len(alive))
+        weakref.finalize(image, alive.pop)
+        return image
+
+    monkeypatch.setattr(mlflow_model, "decode", counted)
+    monkeypatch.setattr(splits, "decode", counted)
+    request = pd.DataFrame({"image": [path.read_bytes() for path in files]})
+    served = mlflow_model.Served(detector, mlflow_model.Limits())
+    assert len(served.predict(request)) == len(files)
+    assert most == 1
+    examples = sources.open_ood("images", 8, 0)
+    written = imagesets.write(Path("set.parquet"), "far", "images", examples, 8, "L", [])
+    assert written.count == len(files)
+    assert most == 1
+    found = images.find("images")
+    batches = found.batches(detector.backbone.preprocessing, range(len(found)), 4)
+    assert sum(len(batch.rows) for batch in batches) == len(files)
+    assert most <= images.DECODERS
 
 
 # The same images
