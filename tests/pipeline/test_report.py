@@ -56,7 +56,10 @@ def parameters(detectors: list[str] = DETECTORS, drop: float = 100.0) -> Paramet
                 "near": {"near-a": "letters"}, "far": {"far-b": "noise"}, "ood_count": 50,
             },
             "train": {}, "features": {}, "energy": {},
-            "search": {**GRID, "max_accuracy_drop": drop, "proxies": ["uniform", "blobs"]},
+            "search": {
+                **GRID, "clip": [None], "temperature": [1.0], "max_accuracy_drop": drop,
+                "proxies": ["uniform", "blobs"],
+            },
             "evaluate": {"detectors": detectors, "bootstrap": 20},
         }
     )  # fmt: skip
@@ -413,7 +416,7 @@ def test_candidates_that_cost_too_much_are_counted() -> None:
     assert f"of {len(accuracy)} candidates" in caption
     caption = tradeoff(parameters(drop=1.0), pruning).caption
     assert f"of {len(accuracy) - 2} candidates" in caption
-    assert caption.endswith("2 of still less accuracy are left out.")
+    assert caption.endswith("2 candidates of even lower accuracy are not shown.")
 
 
 @pytest.mark.usefixtures("run")

@@ -1,4 +1,4 @@
-"""The report of a run: one page of everything found, which opens from disk without a network."""
+"""The report of a run: one self-contained HTML page, which needs no network."""
 
 from importlib.resources import files
 from io import StringIO
@@ -28,10 +28,10 @@ __all__ = ["render"]
 
 
 def render(run: Run) -> str:
-    """Draw a run as one HTML page, the same bits for the same files.
+    """Render the report of a run as one HTML page; the same files give the same page.
 
     Raises:
-        InputError: a file is missing, damaged, or made with something else.
+        InputError: a file of the run is missing, damaged, or does not belong to the run.
     """
     parameters, backbone = run.parameters, run.training
     manifest, pruning, evaluation = run.manifest, Pruning.of(run), Evaluation.of(run)
@@ -51,7 +51,7 @@ def render(run: Run) -> str:
         files("opnp.pipeline.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     )
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # whatever the user's own settings are
+        matplotlib.rcdefaults()  # not the user's own settings
         matplotlib.rcParams.update(STYLE)
         page = template.render(
             parameters=parameters,
@@ -76,7 +76,7 @@ def render(run: Run) -> str:
 
 
 def to_yaml(values: dict[str, Any]) -> str:
-    """Values as YAML in their order; sections without lists take one line, which the page wraps."""
+    """Values as YAML, in order; sections without lists take one line, which the page wraps."""
     yaml, text = YAML(), StringIO()
     yaml.default_flow_style, yaml.width = None, 10_000
     yaml.dump(values, text)
@@ -84,7 +84,7 @@ def to_yaml(values: dict[str, Any]) -> str:
 
 
 def hashes(run: Run) -> dict[str, str]:
-    """SHA-256 of the files that the run was made from, and of those that it made."""
+    """SHA-256 of the files that went into the run and of those that it made, by path."""
     workspace, sets = run.workspace, run.manifest.sets
     made = (workspace.sensitivity, workspace.mask)
     return {

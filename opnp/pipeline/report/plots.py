@@ -23,8 +23,8 @@ from opnp.pipeline.report.words import number
 from opnp.pipeline.results.reading import Array
 from opnp.pruning.methods import METHODS
 
-# Okabe and Ito's colours, which differ for every kind of colour vision, but for their yellow, too
-# pale for a line on white. OPNP is dashed: it may equal ONP or OPP.
+# Okabe and Ito's colours, which can be told apart with any kind of colour vision, except their
+# yellow, which is too pale on white. OPNP is dashed, since it may coincide with ONP or OPP.
 BLUE, VERMILLION, ORANGE, GREEN, PURPLE, BLACK = (
     "#0072B2", "#D55E00", "#E69F00", "#009E73", "#CC79A7", "#000000",
 )  # fmt: skip
@@ -60,19 +60,19 @@ class Plot:
 
 
 def axes_for(title: str, x: str, y: str) -> Axes:
-    """The axes of a new plot, small enough to be legible on a telephone."""
+    """Axes of a new plot, which is small enough to be legible on a phone."""
     axes = Figure(figsize=(4.5, 3.0), layout="constrained").add_subplot()
     axes.set(title=title, xlabel=x, ylabel=y)
     return axes
 
 
 def plot(axes: Axes, name: str, caption: str, legend: Mapping[str, Any] | None = None) -> Plot:
-    """The finished plot; ``name`` keeps its ids apart from those of the page's other plots."""
+    """Finish a plot; ``name`` makes its ids unique on the page."""
     axes.legend(**legend or {})
     figure = axes.get_figure(root=True)
     assert figure is not None
     file = StringIO()
-    # A date, or the version of the library, would make equal results differ.
+    # A date or the library's version would make the same results give different files.
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     figure.savefig(file, format="svg", metadata=no_metadata)
     svg = file.getvalue()
@@ -82,7 +82,7 @@ def plot(axes: Axes, name: str, caption: str, legend: Mapping[str, Any] | None =
 
 
 def histograms(evaluation: Evaluation) -> list[Plot]:
-    """Energy scores of ID test and each OOD set, before and after pruning, on the same axis."""
+    """Energy scores of ID test and of each OOD set, before and after pruning, on one scale."""
     plots: list[Plot] = []
     for name in evaluation.sets:
         pairs = {
@@ -100,7 +100,9 @@ def histograms(evaluation: Evaluation) -> list[Plot]:
                 axes.stairs(share, edges, fill=True, color=colour, alpha=0.45, label=label)
                 axes.stairs(share, edges, color=colour)
             n = len(id_scores)
-            threshold = np.sort(id_scores)[n + (-95 * n // 100)]  # the largest to keep 95 % of ID
+            threshold = np.sort(id_scores)[
+                n + (-95 * n // 100)
+            ]  # the largest that keeps 95 % of ID
             axes.axvline(threshold, label="keeps 95 % of ID", **CUT)
             caption = (
                 f"{evaluation.name(detector)} on {name}: 95 % of ID test samples score "
@@ -112,7 +114,7 @@ def histograms(evaluation: Evaluation) -> list[Plot]:
 
 
 def roc_curves(evaluation: Evaluation) -> list[Plot]:
-    """ROC curves, ID positive: of a few detectors in the mean, of Energy and OPNP on each set."""
+    """ROC curves with ID positive: the mean of a few detectors, and Energy and OPNP on each set."""
     fpr, styles = evaluation.roc["fpr"], roc_styles(evaluation)
     curves = {"mean over OOD sets": {name: evaluation.roc[name] for name in styles}}
     for name in evaluation.sets if evaluation.before_after else ():
@@ -137,7 +139,7 @@ def roc_curves(evaluation: Evaluation) -> list[Plot]:
 
 
 def roc_styles(evaluation: Evaluation) -> dict[str, tuple[str, str]]:
-    """Colour and line of what can be told apart in one plot.
+    """Colours and lines of the detectors in a plot, few enough to tell apart.
 
     These are Energy, OPP, ONP, OPNP, and by mean rank the best of OPNP's combinations that prune
     and of the other detectors.
@@ -154,39 +156,44 @@ def roc_styles(evaluation: Evaluation) -> dict[str, tuple[str, str]]:
 
 
 def tradeoff(parameters: Parameters, pruning: Pruning) -> Plot:
-    """Proxy FPR95 against ID validation accuracy, of the candidates and of what was chosen."""
+    """Proxy FPR95 against ID validation accuracy, of all candidates and of the choices."""
     accuracy, fpr95, chosen = pruning.trials["accuracy"], pruning.trials["fpr95"], pruning.methods
     drop = parameters.search.max_accuracy_drop
     floor = accuracy[0] - drop
-    # Masks that cost far too much would leave no room for the others.
+    # Masks that cost far too much accuracy would squeeze the others together.
     shown = accuracy >= floor - 4 * max(drop, 1.0)
     axes = axes_for("Candidates", "ID validation accuracy (%)", "Proxy FPR95 (%)")
-    # Cells in place of thousands of points keep the page small.
+    # Cells instead of thousands of points keep the page small.
     axes.hexbin(
         accuracy[shown], fpr95[shown], gridsize=(36, 20), bins="log", mincnt=1, linewidths=0,
         cmap=LinearSegmentedColormap.from_list("candidates", ["#c9ced4", "#3c434b"]),
     )  # fmt: skip
     if floor > accuracy.min():
-        axes.axvline(floor, label="least accuracy allowed", **CUT)
+        axes.axvline(floor, label="lowest accuracy allowed", **CUT)
     looks = zip(
         METHODS, "s^oD", (ORANGE, BLACK, VERMILLION, PURPLE), (110, 80, 50, 25), strict=True
     )
-    for method, marker, colour, size in looks:  # the smaller on the larger: they may be equal
+    for (
+        method,
+        marker,
+        colour,
+        size,
+    ) in looks:  # smaller ones on top, as they may coincide
         axes.scatter(
             chosen[method]["accuracy"], chosen[method]["fpr95"],
             s=size, c=colour, marker=marker, edgecolors="#ffffff", label=detector_name(method),
         )  # fmt: skip
     caption = (
-        f"Proxy FPR95 against ID validation accuracy of {int(shown.sum())} candidates, darker "
-        "where there are more, and what was chosen for each method."
+        f"Proxy FPR95 against ID validation accuracy of {int(shown.sum())} candidates (darker: "
+        "more of them), and the choice of each method."
     )
     if not shown.all():
-        caption += f" {int((~shown).sum())} of still less accuracy are left out."
+        caption += f" {int((~shown).sum())} candidates of even lower accuracy are not shown."
     return plot(axes, "c0", caption)
 
 
 def sensitivities(pruning: Pruning) -> list[Plot]:
-    """Distributions of M and of the chosen N, with what the mask prunes of each."""
+    """Distributions of M and of the chosen N, and what the mask prunes of each."""
     kind = pruning.chosen["neuron_sensitivity"]
     plots: list[Plot] = []
     for what, key, label in (
@@ -198,7 +205,7 @@ def sensitivities(pruning: Pruning) -> list[Plot]:
         distribution(axes, values, kept)
         ends = {"low": values[kept].min(), "high": values[kept].max()}
         for end, cut in ends.items():
-            if pruning.chosen[f"{what}_{end}"] and cut > 0:  # zero has no place here
+            if pruning.chosen[f"{what}_{end}"] and cut > 0:  # a log scale has no zero
                 axes.axvline(cut, **CUT)
         zeros = int((values == 0).sum())
         caption = (
@@ -210,10 +217,10 @@ def sensitivities(pruning: Pruning) -> list[Plot]:
 
 
 def distribution(axes: Axes, values: Array, kept: Array) -> None:
-    """Histogram on a log scale, pruned on top of kept; zeros have their own bar at the left."""
+    """Histogram on a log scale, pruned above kept; zeros have their own bar at the left."""
     positive = values[values > 0]
     low, high = (positive.min(), positive.max()) if positive.size else (1.0, 1.0)
-    # A little wider than the values: rounding must lose none of them.
+    # A little wider than the values, so that rounding loses none of them.
     edges = np.geomspace(low / 1.0001, high * 1.0001, 41)
     step = edges[1] / edges[0]
     axes.set_xscale("log")
@@ -233,7 +240,7 @@ def distribution(axes: Axes, values: Array, kept: Array) -> None:
 
 
 def training_curves(history: Mapping[str, Array]) -> list[Plot]:
-    """Accuracy and loss by epoch; none if the backbone was not trained here."""
+    """Accuracy and loss by epoch; no plots if the backbone was not trained here."""
     epochs = history["epoch"]
     if not epochs.size:
         return []

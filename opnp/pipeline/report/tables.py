@@ -1,4 +1,4 @@
-"""The comparison of detectors as tables: of the page, as a long table, and for GitHub."""
+"""The comparison of detectors as tables: for the report, in long form, and for GitHub."""
 
 import json
 from collections.abc import Mapping
@@ -28,14 +28,14 @@ NOTHING_PRUNED = (
 
 @dataclass(frozen=True)
 class Comparison:
-    """Detectors by their mean rank in one metric, and all their ranks in it."""
+    """The detectors in order of mean rank by one metric, and their ranks on each set."""
 
     order: list[str]
     ranks: dict[str, dict[str, float]]
 
 
 def comparison(evaluation: Evaluation, metric: str) -> Comparison:
-    """The order of the rows of a metric's table."""
+    """Rank the detectors for a metric's table."""
     ranks = (
         evaluation.ranks
         if metric == "fpr95"
@@ -45,7 +45,7 @@ def comparison(evaluation: Evaluation, metric: str) -> Comparison:
 
 
 def best(evaluation: Evaluation, metric: str) -> dict[str, str]:
-    """The best value of each column, as shown: equal digits are equally good."""
+    """The best value of each column, as shown; values with the same digits count as equal."""
     choose = min if ranking.lower_is_better(metric) else max
     rows = evaluation.table.values()
     return {
@@ -63,7 +63,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Mean FPR95 on the proxies; rows are by the lowest, columns by the highest percentage."""
+    """Mean FPR95 on the proxies, by percentage of the lowest (rows) and the highest (columns)."""
 
     what: str
     kind: str
@@ -72,15 +72,16 @@ class HeatMap:
 
 
 def heat_maps(parameters: Parameters, pruning: Pruning) -> list[HeatMap]:
-    """The search grid by each definition of N: the least over whatever a map does not show.
+    """Maps of the search grid, one for each definition of N and what is pruned.
 
-    As in the search, only trials that keep the accuracy count; a cell without any is None.
+    A cell is the lowest value over all settings that the map does not show. As in the search, only
+    trials that keep the accuracy count; a cell without one is None.
     """
     trials, chosen = pruning.trials, pruning.chosen
     floor = trials["accuracy"][0] - parameters.search.max_accuracy_drop
-    # Masks of clipped features are those of OPNP with ReAct.
+    # Trials that clip features belong to OPNP with ReAct.
     accurate = ~(trials["accuracy"] < floor - 1e-9) & ~trials["clips"]
-    # Without neuron pruning the definitions agree, and the search tries such masks once, as `mean`.
+    # Without neuron pruning, the definitions agree: the search tries such masks once, as `mean`.
     neuronless = (trials["neurons_low"] == 0) & (trials["neurons_high"] == 0)
     scale = Normalize(trials["fpr95"][accurate].min(), np.percentile(trials["fpr95"][accurate], 75))
     maps = []
@@ -119,7 +120,7 @@ def long_table(
     intervals: Mapping[str, Intervals],
     evaluation: Mapping[str, Any],
 ) -> pa.Table:
-    """One row for each detector and column, detectors by mean rank.
+    """The comparison with one row for each detector and column, detectors by mean rank.
 
     Args:
         detectors: of `metrics.json`.
@@ -156,9 +157,9 @@ def to_markdown(
     intervals: Mapping[str, Intervals],
     evaluation: Mapping[str, Any],
 ) -> str:
-    """The comparison as a table for GitHub, and below it the detectors that could not run.
+    """The comparison as a table for GitHub, followed by the detectors that could not run.
 
-    A detector that might have pruned but did not is marked.
+    Detectors that could have pruned but did not are marked.
 
     Args:
         detectors: of `metrics.json`.
@@ -178,7 +179,7 @@ def to_markdown(
         interval = f" ({ends['low']:.1f}–{ends['high']:.1f})"
         rows.append([label(name, pruned.get(name)), *cells, interval])
     best = [min(map(float, of)) for of in zip(*(row[1:-1] for row in rows), strict=True)]
-    best[-2] = max(float(row[-3]) for row in rows)  # AUROC, the only one where higher is better
+    best[-2] = max(float(row[-3]) for row in rows)  # AUROC, the only column where higher is better
     lines = [["detector", *heads, "mean AUROC", "mean rank"], ["---"] + ["--:"] * (len(heads) + 2)]
     for name, *cells, interval in rows:
         bold = [
@@ -187,7 +188,7 @@ def to_markdown(
         ]
         bold[-3] += interval
         lines.append([name, *bold])
-    text = "FPR95 in % (lower is better), of the mean with its 95 % interval; by mean rank.\n\n"
+    text = "FPR95 in % (lower is better), the mean with its 95 % interval. Sorted by mean rank.\n\n"
     text += "".join(f"| {' | '.join(line)} |\n" for line in lines)
     if 0 in pruned.values():
         text += f"\n{NOTHING_PRUNED}\n"

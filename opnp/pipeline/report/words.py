@@ -1,4 +1,4 @@
-"""The sentences and numbers of the report."""
+"""Sentences and numbers for the report."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,7 +17,7 @@ def span(interval: Mapping[str, float], digits: int = 1) -> str:
 
 
 def prunes(trial: Mapping[str, Any]) -> str:
-    """What a trial prunes, in words."""
+    """Say what a trial prunes."""
     parts = []
     kind = f"neurons by {trial['neuron_sensitivity']} sensitivity"
     for what, words in (("weights", "weights"), ("neurons", kind)):
@@ -28,15 +28,15 @@ def prunes(trial: Mapping[str, Any]) -> str:
 
 
 def chosen_values(values: Mapping[str, Any]) -> str:
-    """The hyperparameters of a detector, in words."""
+    """Say which hyperparameters a detector has."""
     parts = [f"prunes {prunes(values)}"] if "weights_low" in values else []
     rest = {key: value for key, value in values.items() if key not in CANDIDATE}
     parts += [f"{k} = {v:g}" if isinstance(v, float) else f"{k} = {v}" for k, v in rest.items()]
-    return ", ".join(parts) or "none to choose"
+    return ", ".join(parts) or "no hyperparameters"
 
 
 def outcome(pruning: Pruning, evaluation: Evaluation) -> str:
-    """The run in one sentence, and who did best in another."""
+    """Summarize the run in one sentence, and name the best detectors in another."""
     means = {name: values["mean"]["fpr95"] for name, values in evaluation.table.items()}
     accuracy = {name: values["accuracy"] for name, values in evaluation.calibration.items()}
     sets = f"over {len(evaluation.sets)} OOD set{'s' * (len(evaluation.sets) > 1)}"
@@ -64,12 +64,12 @@ def outcome(pruning: Pruning, evaluation: Evaluation) -> str:
     told += f", the lowest mean FPR95 is {lowest} %, by {winners}"
     if "opnp" in means and len(means) > 1:
         place = ranking.ranked(evaluation.table, evaluation.ranks).index("opnp") + 1
-        told += f"; by mean rank OPNP is number {place}"
+        told += f"; by mean rank, OPNP is number {place}"
     return f"{told}."
 
 
 def moved(before: float, after: float, of_before: str = "", of_after: str = "") -> str:
-    """How a percentage changed, as far as its shown digits tell."""
+    """Say how a percentage changed, judging by the digits shown."""
     old, new = number(before), number(after)
     if old == new:
         return f"stayed at {old} %"
