@@ -22,6 +22,9 @@ def as_tensor(values: Numbers, what: str) -> Tensor:
 
     Raises:
         InputError: they are not numbers, or of different lengths.
+
+    >>> as_tensor([[1.0, 2.0]], "Features")
+    tensor([[1., 2.]], dtype=torch.float64)
     """
     if isinstance(values, Tensor):
         return values

@@ -36,7 +36,7 @@ def test_a_download_that_fails_may_be_tried_again(monkeypatch: pytest.MonkeyPatc
     from torchvision.datasets import MNIST
 
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    with pytest.raises(UnavailableError, match="torchvision:MNIST could not be had"):
+    with pytest.raises(UnavailableError, match="torchvision:MNIST could not be downloaded"):
         sources.open_id("torchvision:MNIST")
 
 

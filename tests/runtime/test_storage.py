@@ -294,7 +294,9 @@ def test_a_storage_that_cannot_be_used_is_refused_in_one_sentence(
 def test_threads_share_no_storage(tmp_path: Path) -> None:
     shutil.copy2(HERE.parameters, tmp_path)
     set_parameters(tmp_path, {"engine.storage": "s3://bucket/folder"})
-    with pytest.raises(InputError, match=r"engine.*threads share one: set runner to processes"):
+    with pytest.raises(
+        InputError, match=r"engine.*threads share one: set `engine.runner` to processes"
+    ):
         parameters.load(tmp_path / "params.yaml")
 
 
