@@ -38,7 +38,7 @@ WATCH = """
 import os, sys, threading
 from contextlib import contextmanager
 
-from opnp import files
+from opnp.runtime import files
 
 FOLDER = os.path.dirname(__file__)
 atomic = files.atomic
@@ -79,7 +79,7 @@ def watch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "watch"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(WATCH)
-    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{ROOT}")
     return folder
 
 
