@@ -279,7 +279,7 @@ def test_workers_with_another_opnp_or_without_the_workspace_are_refused(
 ) -> None:
     other = tmp_path / "other"
     for name in ("opnp", "flows"):
-        for source in (ROOT / name).rglob("*.py"):
+        for source in (*(ROOT / name).rglob("*.py"), *(ROOT / name).rglob("*.pyi")):
             target = other / source.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_text(source.read_text().replace(opnp.__version__, "0.0.1"))
