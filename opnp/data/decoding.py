@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from opnp.data.colors import STORED
+from opnp.data.colors import STORED, check_depth
 from opnp.errors import InputError, first_line
 
 __all__ = ["FORMATS", "MEMORY", "PIXELS", "check_header", "decode", "faults_of", "printable"]
@@ -69,7 +69,10 @@ def decode(data: bytes | Path, where: str, turn: bool = False, pixels: int = PIX
             shrink(image, file, where)
         method = TURNS.get(image.getexif().get(ORIENTATION, 1)) if turn else None
         shrink(image, file, where, copies=1 if method is None else 2)
+        deep = any(";16" in str(tile.args) for tile in image.tile)
         image.load()
+        if deep and "I" not in image.mode:
+            check_depth(image, where)
         found: Image.Image = image
         if method is not None and image.format != "TIFF":
             found = image.transpose(method)
