@@ -209,13 +209,15 @@ def cost(image: ImageFile.ImageFile, file: Encoded) -> float:
             return 5.5
         case "JPEG2000":
             return 5.2 * bands
-        case "TIFF":  # a strip or tile is decoded at once, and some are turned
+        case "TIFF" if about.tag_v2.get(ORIENTATION, 1) != 1:  # Pillow turns it
+            return 4
+        case "TIFF" if image.tile and image.tile[0].codec_name != "raw":  # strip by strip
             rows = min(int(about.tag_v2.get(ROWS_PER_STRIP, image.height)), image.height)
-            return 4 if about.tag_v2.get(ORIENTATION, 1) != 1 else 4 * rows / image.height
+            return 4 * rows / image.height
         case "PNG" if about.is_animated:
             return 8
         case "GIF":
-            return 4
+            return 1
     return 0
 
 

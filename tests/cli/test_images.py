@@ -211,7 +211,9 @@ def test_numbers_are_the_models_classes_only_if_there_are_as_many(files: Files) 
 
 def test_classes_that_fit_in_part_are_refused(files: Files) -> None:
     found = images.find(parquet(files))
-    with pytest.raises(InputError, match=r"also one of the class 'six' \(export/test\.parquet#\d+\)"):
+    with pytest.raises(
+        InputError, match=r"also one of the class 'six' \(export/test\.parquet#\d+\)"
+    ):
         found.labels([*CLASSES[:6], "seven"])
     assert found.labels(["cat", "dog"]) is None
     shutil.copy2(files[0], "images/alone.png")
