@@ -14,7 +14,7 @@ from PIL import Image
 
 from opnp.errors import InputError
 
-__all__ = ["STORED", "bands", "check_values", "memory_of", "seen"]
+__all__ = ["STORED", "bands", "check_depth", "check_values", "memory_of", "seen"]
 
 STORED = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
 """Bytes that Pillow keeps for a pixel; 4 in other modes."""
@@ -23,7 +23,7 @@ BAND = 1_000_000  # pixels that are converted at once
 DEEP = frozenset({"I;16", "I;16B", "I;16L", "I;16N", "I", "F"})  # one number of over 8 bits a pixel
 PLAIN = frozenset({"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"})
 CLEAR = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})  # with an alpha channel
-BITS, PHOTOMETRIC = 258, 262  # tags of TIFF
+BITS, PHOTOMETRIC, SAMPLES = 258, 262, 339  # tags of TIFF
 
 Box = tuple[int, int, int, int]
 
@@ -50,6 +50,8 @@ def check_values(image: Image.Image, where: str) -> None:
     if image.mode not in DEEP:
         if image.mode not in PLAIN | CLEAR | {"LAB"}:
             raise InputError(f"{where} is of the mode {image.mode}: save it as RGB or in greys.")
+        if image.mode == "L" and tag(image, SAMPLES) == 2:
+            raise InputError(f"{where} holds signed numbers of 8 bits: save it without signs.")
         return
     parts = [np.asarray(image.crop(box)) for box in bands((0, 0, *image.size))]
     low, high = (float(of([of(part) for part in parts])) for of in (np.min, np.max))  # NaN stays
@@ -67,10 +69,26 @@ def check_values(image: Image.Image, where: str) -> None:
             f"{most} are known to mean black to white: scale them, or save it with 8 bits."
         )
     if 0 < high < (most + 1) // 16:
-        raise InputError(
-            f"{where} has room for numbers up to {most} and uses none above {high:.0f}, so that it "
-            f"would be all but black: scale them to {most}, or save it with 8 bits."
-        )
+        raise InputError(almost_black(where, most, f"{high:.0f}"))
+
+
+def check_depth(image: Image.Image, where: str) -> None:
+    """Refuse an image of 16 bits for each color, of which Pillow keeps 8, if it is all but black.
+
+    Raises:
+        InputError: the 16 bits hold no more than 12.
+    """
+    shown = image.getextrema()[: len(image.getbands()) - (image.mode in CLEAR)]
+    high = max(int(each[1]) for each in shown if isinstance(each, tuple))
+    if 0 < high < 16:
+        raise InputError(almost_black(where, 65535, str(256 * high + 255)))
+
+
+def almost_black(where: str, most: int, high: str) -> str:
+    return (
+        f"{where} has room for numbers up to {most} and uses none above {high}, so that it would "
+        f"be all but black: scale them to {most}, or save it with 8 bits."
+    )
 
 
 def seen(image: Image.Image, box: Box, mode: str) -> Image.Image:
@@ -128,7 +146,7 @@ def eight_bits(image: Image.Image, numbers: NDArray[Any]) -> NDArray[np.uint8]:
     else:
         grey = (numbers >> (depth(image) - 8)).astype(np.uint8)
     # Pillow inverts a TIFF image in which 0 means white only if it has 8 bits or fewer.
-    if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == 0:
+    if tag(image, PHOTOMETRIC) == 0:
         grey = 255 - grey
     clear = image.info.get("transparency")
     return np.where(numbers == clear, np.uint8(255), grey) if isinstance(clear, int) else grey
@@ -136,5 +154,11 @@ def eight_bits(image: Image.Image, numbers: NDArray[Any]) -> NDArray[np.uint8]:
 
 def depth(image: Image.Image) -> int:
     """Bits of the numbers that mean black to white: 16, or 12 where a TIFF image says so."""
-    stated = getattr(image, "tag_v2", {}).get(BITS, (16,))
-    return 12 if tuple(stated) == (12,) else 16
+    return 12 if tag(image, BITS) == 12 else 16
+
+
+def tag(image: Image.Image, number: int) -> int | None:
+    """The one number that a tag of a TIFF image states, if it is one and does."""
+    stated = getattr(image, "tag_v2", {}).get(number)
+    values = stated if isinstance(stated, tuple) else (stated,)
+    return values[0] if len(values) == 1 else None

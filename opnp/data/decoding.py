@@ -17,7 +17,7 @@ from typing import Any
 
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from opnp.data.colors import STORED
+from opnp.data.colors import STORED, check_depth
 from opnp.errors import InputError, first_line
 
 __all__ = ["FORMATS", "MEMORY", "PIXELS", "check_header", "decode", "faults_of", "printable"]
@@ -69,7 +69,10 @@ def decode(data: bytes | Path, where: str, turn: bool = False, pixels: int = PIX
             shrink(image, file, where)
         method = TURNS.get(image.getexif().get(ORIENTATION, 1)) if turn else None
         shrink(image, file, where, copies=1 if method is None else 2)
+        deep = any(";16" in str(tile.args) for tile in image.tile)
         image.load()
+        if deep and "I" not in image.mode:
+            check_depth(image, where)
         found: Image.Image = image
         if method is not None and image.format != "TIFF":
             found = image.transpose(method)
@@ -206,13 +209,15 @@ def cost(image: ImageFile.ImageFile, file: Encoded) -> float:
             return 5.5
         case "JPEG2000":
             return 5.2 * bands
-        case "TIFF":  # a strip or tile is decoded at once, and some are turned
+        case "TIFF" if about.tag_v2.get(ORIENTATION, 1) != 1:  # Pillow turns it
+            return 4
+        case "TIFF" if image.tile and image.tile[0].codec_name != "raw":  # strip by strip
             rows = min(int(about.tag_v2.get(ROWS_PER_STRIP, image.height)), image.height)
-            return 4 if about.tag_v2.get(ORIENTATION, 1) != 1 else 4 * rows / image.height
+            return 4 * rows / image.height
         case "PNG" if about.is_animated:
             return 8
         case "GIF":
-            return 4
+            return 1
     return 0
 
 

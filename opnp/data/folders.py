@@ -85,7 +85,7 @@ def splits_of(folder: Path, passed: Passed) -> dict[str, Path]:
     Raises:
         InputError: some folders with images are named like splits, and others are not.
     """
-    names = class_folders(folder)
+    names = [entry.name for entry in visible(folder) if is_folder(entry)]  # splits may be links
     like = [name for name, split in splits_named(names).items() if split]
     if not like:
         inner = [name for name in names if name.lower() in FILLING]
@@ -141,9 +141,11 @@ def image_files(folder: Path, passed: Passed | None = None) -> Iterator[tuple[st
     return within(folder, None)
 
 
-def visible(folder: Path | str) -> Iterator[os.DirEntry[str]]:
+def visible(folder: Path | str) -> list[os.DirEntry[str]]:
+    """What a folder holds, except hidden files and folders; in no order."""
     try:
-        return (entry for entry in os.scandir(folder) if not entry.name.startswith("."))
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
     except OSError as error:
         raise InputError(
             f"{printable(folder)} cannot be read ({error.strerror}): allow it."

@@ -204,17 +204,28 @@ def write(
     return ImageSet(role, source, count, per_class, digest(path))
 
 
-def also_id(inside: Iterable[Path], outside: Mapping[str, Path]) -> dict[str, int]:
-    """How many images of OOD sets are ID images, too, once both are prepared alike.
+def repeated(files: Mapping[str, Path]) -> dict[str, dict[str, int]]:
+    """Count the images of each set that other sets hold as well.
 
     Args:
-        inside: files of ID images.
-        outside: files of OOD images, by name.
+        files: files of the sets by name: first train, then the other ID sets, OOD test sets, whose
+            names start with ``ood/``, and last outlier sets. The first is not kept in memory.
+
+    Returns:
+        For each set but the first: of ``id``, how many of its images an ID set before it holds; for
+        outlier sets, of ``ood``, how many an OOD test set holds.
     """
-    of = {name: set(digests(path)) for name, path in outside.items()}
-    wanted = set[bytes]().union(*of.values())
-    known = {each for path in inside for each in digests(path) if each in wanted}
-    return {name: sum(each in known for each in digests(outside[name])) for name in of}
+    first, *others = files
+    found = {name: list(digests(files[name])) for name in others}
+    wanted = {each for of in found.values() for each in of}
+    known = {"id": {each for each in digests(files[first]) if each in wanted}, "ood": set[bytes]()}
+    counts = {}
+    for name, of in found.items():
+        kind, _, inner = name.partition("/")
+        holders = ("id", "ood") if kind == "outliers" else ("id",)
+        counts[name] = {held: sum(each in known[held] for each in of) for held in holders}
+        known["ood" if inner else "id"].update(of)
+    return counts
 
 
 def digests(path: Path) -> Iterator[bytes]:

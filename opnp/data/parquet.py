@@ -49,6 +49,7 @@ def class_names(path: Path) -> list[str]:
 
 
 IMAGE_COLUMNS = ("image", "img")
+ROWS = 32  # that are read at once
 SHARD = re.compile(r"(.*?)(?:-(\d+)-of-(\d+).*)?\.parquet")
 
 
@@ -212,8 +213,8 @@ def spooled(spool: IO[bytes], data: bytes) -> None:
 def parquet_rows(path: Path, labelled: bool) -> Iterator[tuple[pa.BinaryArray, NDArray[np.int64]]]:
     """Encoded images and labels of a Parquet file, some at a time; labels are −1 if absent."""
     try:
-        # With buffering ahead, everything that was read would stay in memory.
-        with pq.ParquetFile(path, pre_buffer=False) as file:
+        # Read a little at a time: buffered ahead, everything that was read would stay in memory.
+        with pq.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20) as file:
             names = file.schema_arrow.names
             image = next((name for name in IMAGE_COLUMNS if name in names), IMAGE_COLUMNS[0])
             label = next((name for name in LABEL_COLUMNS if name in names), None)
@@ -222,7 +223,7 @@ def parquet_rows(path: Path, labelled: bool) -> Iterator[tuple[pa.BinaryArray, N
             if label and not (labelled or pa.types.is_integer(file.schema_arrow.field(label).type)):
                 label = None
             columns = [f"{image}.bytes", *([label] if label else [])]
-            for batch in file.iter_batches(256, columns=columns):
+            for batch in file.iter_batches(ROWS, columns=columns):
                 encoded = pc.struct_field(batch.column(image), "bytes")
                 labels = np.full(len(encoded), -1)
                 if label:

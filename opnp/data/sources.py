@@ -43,10 +43,18 @@ def require(spec: str, what: str) -> None:
     Raises:
         MissingError: it does not exist; the error says where to get it, if that is known.
     """
-    if is_path(spec) and not Path(spec).exists():
+    if is_path(spec) and not exists(spec):
         home = next((page for at, page in HOMES.items() if Path(spec).is_relative_to(at)), None)
         remedy = f"get it from {home}" if home else "put it there, or name another"
         raise MissingError(f"{what} {spec} does not exist: {remedy}.")
+
+
+def exists(spec: str) -> bool:
+    """Whether there is a file or folder; names that no file can have do not exist."""
+    try:
+        return Path(spec).exists()
+    except OSError:
+        return False
 
 
 def is_path(spec: str) -> bool:
@@ -76,7 +84,7 @@ def open_id(spec: str) -> Source:
     if spec.partition(":")[0] in LIBRARIES:
         return open_collection(spec)
     require(spec, "The ID source")
-    if Path(spec).exists():
+    if exists(spec):
         return open_files(Path(spec))
     raise InputError(
         f"The ID source {spec!r} is neither `digits`, `torchvision:NAME` nor a file or folder of "
@@ -125,7 +133,7 @@ def open_part(spec: str, part: str, asked: str = "") -> Source:
     """
     if spec.partition(":")[0] in LIBRARIES:
         return open_collection(spec, part)
-    if not Path(spec).exists():
+    if not exists(spec):
         raise MissingError(
             f"{asked} {printable(spec)} is neither a file nor a folder, `torchvision:NAME` nor "
             "`pytorch-ood:NAME`: correct it.".strip()
@@ -166,7 +174,7 @@ def open_ood(
 def outside(spec: str) -> Source:
     """The test part of an OOD source that is not made here."""
     require(spec, "The OOD source")
-    if spec.partition(":")[0] not in LIBRARIES and not Path(spec).exists():
+    if spec.partition(":")[0] not in LIBRARIES and not exists(spec):
         raise InputError(
             f"The OOD source {spec!r} is neither a known name (letters, photo-patches, noise, "
             "digits, torchvision:NAME, pytorch-ood:NAME) nor an existing file or folder: correct "

@@ -1,5 +1,6 @@
 """Scoring images with a detector: a table of scores, and metrics over sets of images."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,8 @@ from opnp.runtime.files import atomic
 from opnp.runtime.progress import track
 
 __all__ = ["Summary", "evaluate", "score"]
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = pa.schema(
     [
@@ -160,11 +163,13 @@ def evaluate(
         `opnp.metrics.separation` and the same metrics of the ``energy``; ``mean``, over the sets.
 
     Raises:
-        InputError: there is no OOD set, no image of a set can be read, or only some of the ID
-            images belong to the model's classes.
+        InputError: there is no OOD set, no image of a set can be read, all images of an OOD set are
+            ID images, or only some of the ID images belong to the model's classes.
     """
     if not outside:
         raise InputError("An evaluation needs an OOD set.", "ood")
+    for name, images in outside.items():
+        check_outside(name, images, inside)
     labels = inside.labels(detector.backbone.classes)
     known = judge(detector, inside, batch_size, "ID images")
     flagged = detector.threshold.is_ood
@@ -195,6 +200,19 @@ def evaluate(
         "mean": {name: fmean(of[name] for of in sets.values()) for name in shared}
         | {"energy": {m: fmean(of["energy"][m] for of in sets.values()) for m in METRICS}},
     }
+
+
+def check_outside(name: str, images: Images, inside: Images) -> None:
+    """Warn of images of an OOD set that are ID images as well.
+
+    Raises:
+        InputError: all of them are.
+    """
+    shared, what = len(images.also_in(inside)), f"images of the OOD set {name} ({images.source})"
+    if shared == len(images):
+        raise InputError(f"All {shared} {what} are ID images as well: name others.")
+    if shared:
+        logger.warning("%d of the %d %s are ID images as well", shared, len(images), what)
 
 
 def of_set(images: Images, found: Judged) -> dict[str, Any]:

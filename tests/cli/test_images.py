@@ -515,6 +515,17 @@ def test_images_in_both_are_counted(files: Files, caplog: pytest.LogCaptureFixtu
     assert not caplog.records
 
 
+def test_an_evaluation_tells_of_id_images_among_ood_images(
+    files: Files, detector: SavedDetector, caplog: pytest.LogCaptureFixture
+) -> None:
+    inside, parts = images.find("images"), images.find(*map(str, files[:3]), parquet(files[3:9]))
+    with pytest.raises(InputError, match=r"^All 9 images of the OOD set same .* are ID images"):
+        score.evaluate(detector, inside, {"same": parts})
+    Image.effect_noise((8, 8), 50).save("noise.png")
+    score.evaluate(detector, inside, {"mixed": images.find("noise.png", *map(str, files[:3]))})
+    assert "3 of the 4 images of the OOD set mixed" in caplog.text
+
+
 def test_rows_of_idx_files_are_compared(files: Files) -> None:
     first, second = images.find(idx(files[:6], "a")), images.find(idx(files[3:9], "b"))
     assert first.also_in(second) == [3, 4, 5]

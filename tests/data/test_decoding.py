@@ -217,6 +217,53 @@ def test_numbers_of_unknown_meaning_are_refused_by_name(numbers: Any, said: str)
         prepared(Image.fromarray(numbers))
 
 
+def deep_colors(numbers: NDArray[Any], kind: str) -> bytes:
+    """A PNG or TIFF file of 16 bits for each color, which Pillow does not write."""
+    height, width, bands = numbers.shape
+    if kind == "TIFF":
+        data = numbers.astype("<u2").tobytes()
+        depths = struct.pack("<HHH", 16, 16, 16)
+        at = 8 + len(data)
+        tags = [(256, 3, 1, width), (257, 3, 1, height), (258, 3, 3, at), (259, 3, 1, 1)]
+        tags += [(262, 3, 1, 2), (273, 4, 1, 8), (277, 3, 1, 3), (278, 3, 1, height)]
+        tags += [(279, 4, 1, len(data))]
+        table = b"".join(struct.pack("<HHII", *each) for each in tags)
+        head = b"II*\0" + struct.pack("<I", at + len(depths))
+        return head + data + depths + struct.pack("<H", len(tags)) + table + bytes(4)
+
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        )
+
+    head = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[bands], 0, 0, 0)
+    lines = b"".join(b"\0" + row.astype(">u2").tobytes() for row in numbers)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PNG", "PNG with alpha", "PNG of grey and alpha"])
+def test_colors_of_16_bits_keep_their_picture_or_are_refused(kind: str) -> None:
+    bands = {"PNG with alpha": 4, "PNG of grey and alpha": 2}.get(kind, 3)
+    full = np.repeat(np.uint16(GREY * 65535)[..., None], bands, axis=2)
+    if bands != 3:
+        full[..., -1] = 65535
+    image = decode(deep_colors(full, kind), "it")
+    assert difference(image, Image.fromarray(LEVELS)) < 1
+    dark = full.copy()
+    dark[..., : 3 if bands > 2 else 1] //= 16
+    with pytest.raises(
+        InputError, match=r"^it has room for numbers up to 65535 and uses none above"
+    ):
+        decode(deep_colors(dark, kind), "it")
+
+
+def test_signed_numbers_of_8_bits_are_refused() -> None:
+    Image.fromarray(LEVELS).save("signed.tif", tiffinfo={339: 2})
+    with pytest.raises(InputError, match=r"^signed\.tif holds signed numbers of 8 bits"):
+        prepared(decode(Path("signed.tif"), "signed.tif"))
+
+
 def test_black_is_black_at_any_depth() -> None:
     for kind in (np.uint16, np.int32, np.float32):
         assert not prepared(Image.fromarray(np.zeros((9, 9), kind))).any()

@@ -48,21 +48,15 @@ def digits(count: int = 60) -> list[tuple[Image.Image, int]]:
     return found[:count]
 
 
-def saved(folder: Path, count: int = 60, name: str = "{}", suffix: str = "png") -> Path:
-    """Digits as files in folders named like their classes."""
+def saved(
+    folder: Path, count: int = 60, name: str = "{}", suffix: str = "png", negative: bool = False
+) -> Path:
+    """Digits, or their negatives, as files in folders named like their classes."""
     for row, (image, y) in enumerate(digits(count)):
         path = folder / name.format(NAMES[y]) / f"{row:03d}.{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        image.save(path)
+        (ImageOps.invert(image) if negative else image).save(path)
     return folder
-
-
-def saved_inverted(folder: Path, count: int) -> None:
-    """As `saved`, but images that are not among the digits."""
-    for path in saved(folder, count).rglob("*.png"):
-        with Image.open(path) as image:
-            image.load()
-        ImageOps.invert(image).save(path)
 
 
 def encoded(image: Image.Image) -> bytes:
@@ -522,7 +516,7 @@ def test_sets_whose_files_are_missing_are_refused_or_left_out_and_recorded(
     assert list(read_manifest(HERE.data).ood) == ["held-out-digits", "letters"]
     assert "The OOD set mine is left out: " in caplog.text
     assert Run(HERE, skipping).manifest == read_manifest(HERE.data)
-    saved_inverted(Path("downloads/isun"), 5)
+    saved(Path("downloads/isun"), 5, negative=True)
     fetch.run(HERE, skipping)
     assert read_manifest(HERE.data).missing == {"mine": "absent.csv"}
     assert read_manifest(HERE.data).ood["isun"].count == 5
@@ -598,6 +592,48 @@ def test_id_images_in_an_ood_set_are_counted_or_refused(caplog: pytest.LogCaptur
         fetch.run(HERE, parameters_with(**values, far={"others": "far/one"}))
 
 
+def test_test_images_that_are_training_images_are_told_or_refused(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    saved(Path("mine/train"), 60)
+    Path("mine/test").symlink_to("train")
+    values: dict[str, Any] = {"id": "mine", "test": None, "held_out": [], "near": {}}
+    with pytest.raises(InputError, match=r"^All 60 test images \(mine\) are images of another ID"):
+        fetch.run(HERE, parameters_with(**values, far={"letters": "letters"}))
+    Path("mine/test").unlink()
+    rng = np.random.default_rng(0)
+    for label, name in enumerate(NAMES):
+        Path("mine/test", name).mkdir(parents=True)
+        for row in range(4):
+            image = Image.fromarray(rng.integers(0, 256, (8, 8), np.uint8))
+            image.save(f"mine/test/{name}/{row}.png")
+        digits()[label][0].save(f"mine/test/{name}/again.png")
+    fetch.run(HERE, parameters_with(**values, far={"letters": "letters"}))
+    assert "3 of the 15 test images (mine) are images of another ID split as well" in caplog.text
+    assert all(entry.also_id == 0 for entry in read_manifest(HERE.data).sets.values())
+
+
+def test_outliers_that_are_test_images_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    saved(Path("mine"), 60)
+    saved(Path("weeds"), 9, negative=True)
+    shutil.copytree("weeds/one", "known")
+    chosen = parameters_with(id="mine", held_out=[], near={}, far={"weeds": "weeds"})
+    search = chosen.search.model_copy(update={"outliers": {"known": "known"}})
+    fetch.run(HERE, chosen.model_copy(update={"search": search}))
+    count = sum(y == 1 for _, y in digits(9))
+    said = f"All {count} images of the outlier set known (known) are OOD test images"
+    assert said in caplog.text
+    assert read_manifest(HERE.data).sets["outliers/known"].also_id == 0
+
+
+@pytest.mark.parametrize("spec", ["a" * 300, "a\0b", "loop"])
+def test_names_that_no_file_can_have_do_not_exist(spec: str) -> None:
+    Path("loop").symlink_to("loop")
+    for opened in (sources.open_id, lambda name: sources.open_part(name, "test"), ood):
+        with pytest.raises(InputError, match="neither"):
+            opened(spec)
+
+
 def test_parquet_is_turned_and_folders_are_not() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -644,15 +680,18 @@ def test_a_preset_runs_on_what_is_there(caplog: pytest.LogCaptureFixture) -> Non
         fetch.run(HERE, chosen)
     saved(Path("downloads/imagenet/train"), 300)
     saved(Path("downloads/imagenet/val"), 30)
+    for path in Path("downloads/imagenet/val").rglob("*.png"):
+        ImageOps.mirror(Image.open(path)).save(path)
     with pytest.raises(MissingError, match="None of the OOD sets is there"):
         fetch.run(HERE, chosen)
-    saved_inverted(Path("elsewhere/images_largescale/ninco"), 20)
+    saved(Path("elsewhere/images_largescale/ninco"), 20, negative=True)
     Path("downloads/openood").symlink_to("../elsewhere")
     fetch.run(HERE, chosen)
     found = read_manifest(HERE.data)
     assert {name: entry.count for name, entry in found.ood.items()} == {"ninco": 20}
     assert sorted(found.missing) == ["inaturalist", "openimage-o", "ssb-hard", "textures"]
-    assert caplog.text.count("get it from https://github.com/Jingkang50") == 4
+    told = [record.getMessage() for record in caplog.records]
+    assert len([line for line in told if "get it from https://github.com/Jingkang50" in line]) == 4
 
 
 def test_the_digits_of_scikit_learn_are_those_it_ships() -> None:

@@ -263,19 +263,29 @@ def manifest(workspace: Workspace, parameters: Parameters, sets: dict[str, Image
 def count_id_images(workspace: Workspace, sets: dict[str, ImageSet]) -> dict[str, int]:
     """Count the images of each OOD set that are ID images as well, and warn of them.
 
+    Validation and test images that are training images are reported alike, and so are images of
+    outlier sets that are OOD test images.
+
     Raises:
-        InputError: all images of a set are.
+        InputError: all images of a set are ID images of another set.
     """
-    files = {name: data_file(name, workspace.fetched) for name in sets}
-    inside = [files.pop(name) for name in ("train", "validation", "test") if name in files]
-    found = imagesets.also_id(inside, files)
-    for name, count in found.items():
-        of = f"images of the OOD set {name.split('/')[1]} ({sets[name].source})"
-        if count == sets[name].count:
-            raise InputError(f"All {count} {of} are ID images as well: name other images for it.")
-        if count:
-            logger.warning("%d of the %d %s are ID images as well", count, sets[name].count, of)
-    return found
+    order = ("train", "validation", "test", "ood", "outliers")
+    names = sorted(sets, key=lambda name: order.index(name.partition("/")[0]))
+    found = imagesets.repeated({name: data_file(name, workspace.fetched) for name in names})
+    for name, counts in found.items():
+        kind, _, inner = name.partition("/")
+        what = f"images of the {'OOD' if kind == 'ood' else 'outlier'} set {inner}"
+        what = f"{what if inner else f'{name} images'} ({sets[name].source})"
+        others = {"id": "ID images" if inner else "images of another ID split"}
+        for other, count in counts.items():
+            whole = count == sets[name].count
+            many = f"All {count}" if whole else f"{count} of the {sets[name].count}"
+            told = f"{many} {what} are {others.get(other, 'OOD test images')} as well"
+            if whole and other == "id":
+                raise InputError(f"{told}: name others.")
+            if count:
+                logger.warning("%s", told)
+    return {name: counts["id"] for name, counts in found.items() if "/" in name}
 
 
 def finish(workspace: Workspace, manifest: Manifest) -> None:
