@@ -252,6 +252,10 @@ def scripted() -> bytes:
         ([torch.ones(2)], "holds a list, not a state dict: save `model.state_dict()`."),
         (torch.ones(2), "holds a Tensor, not a state dict: save `model.state_dict()`."),
         (
+            {name: tensor.numpy() for name, tensor in state().items()},
+            "holds NumPy's numbers under `features.0.weight`, not tensors: save",
+        ),
+        (
             {"optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}, "epoch": 1},
             "holds no weights, but `optimizer` and `epoch`.",
         ),
@@ -383,6 +387,28 @@ def test_models_that_load_tensors_of_other_versions(name: str) -> None:
         load_state(other, dict(given), "")
         for key, tensor in model.state_dict().items():
             assert torch.equal(other.state_dict()[key], tensor), key
+
+
+def test_another_number_of_classes_is_told_as_such() -> None:
+    torch.save(state("module."), "mine.pt")
+    for classes in (3, list("abcde")):
+        with pytest.raises(InputError) as error:
+            from_spec(SPEC, "mine.pt", SMALL, classes)
+        count = classes if isinstance(classes, int) else len(classes)
+        assert str(error.value) == (
+            f"The weights in mine.pt have 4 outputs, but the model has {count} (`fc.weight` is "
+            f"(4, 6) in the weights and ({count}, 6) in the model; `fc.bias` is (4,) in the "
+            f"weights and ({count},) in the model)."
+        )
+        assert error.value.about == "classes"
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, torch.compile])
+def test_a_model_that_is_wrapped_itself_takes_any_names(wrap: Callable[..., nn.Module]) -> None:
+    for prefix in ("", "module.", "_orig_mod.", "model.", "model.module._orig_mod."):
+        net = Net()
+        load_state(wrap(net), state(prefix), "")
+        assert all(torch.equal(net.state_dict()[name], each) for name, each in state().items())
 
 
 def test_names_that_are_right_stay_as_they_are() -> None:
