@@ -219,6 +219,10 @@ def listed(names: Collection[Any]) -> str:
 
 
 def pickled(path: Path, name: str, where: str = "") -> InputError:
+    if name.startswith("numpy."):
+        return InputError(
+            f"{path} holds NumPy's numbers{where}, not tensors: save `model.state_dict()`."
+        )
     return InputError(
         f"{path} holds a pickled {name}{where}, which cannot be read without running code: load "
         "it where you made it, and save its `state_dict()`."

@@ -37,17 +37,22 @@ def align(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     a file of Lightning.
     """
     old = {DENSENET.sub(r"\1\2", name): tensor for name, tensor in state.items()}
-    expected = model.state_dict().keys()
+    expected = {name: name for name in model.state_dict()}
     if AVERAGED not in expected:
         old.pop(AVERAGED, None)
-    best = list(old)
-    unwrapped = [[p for p in name.split(".") if p not in WRAPPING] for name in old]
-    for names in ([name.split(".") for name in old], unwrapped):
+    plain = [name.split(".") for name in old]
+    bare = {".".join(unwrapped(name.split("."))): name for name in expected}
+    best, most = list(old), hits(list(old), expected)
+    for names, known in ((plain, expected), ([unwrapped(parts) for parts in plain], bare)):
         for depth in range(shared(names) + 1):
             found = [".".join(parts[depth:]) for parts in names]
-            if len(set(found)) == len(found) and hits(found, expected) > hits(best, expected):
-                best = found
+            if len(set(found)) == len(found) and hits(found, known) > most:
+                best, most = [known.get(name, name) for name in found], hits(found, known)
     return dict(zip(best, old.values(), strict=True))
+
+
+def unwrapped(parts: Sequence[str]) -> list[str]:
+    return [part for part in parts if part not in WRAPPING]
 
 
 def shared(names: Sequence[Sequence[str]]) -> int:
@@ -91,6 +96,11 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], what: str) -> None
                 told = [f"they are named like `{one}`, the model's like `{other}`"]
             more = f", and {len(told) - TOLD} more" if len(told) > TOLD else ""
             words = "; ".join(told[:TOLD]) + more
+            if outputs := other_outputs(aligned, expected):
+                theirs, ours = outputs
+                raise InputError(
+                    f"{what} have {theirs} outputs, but the model has {ours} ({words}).", "classes"
+                )
             raise InputError(f"{what} do not fit the model ({words}).", "weights")
     load(model, aligned, versions)
 
@@ -144,6 +154,20 @@ def differences(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
         ),
         *(f"the model has no `{name}`" for name in found if name not in expected),
     ]
+
+
+def other_outputs(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
+) -> tuple[int, int] | None:
+    """The sizes of the weights' last layer and of the model's, if they differ in nothing else."""
+    told = differences(found, expected)
+    other = [n for n in found if n in expected and found[n].shape != expected[n].shape]
+    if len(other) < len(told) or any(
+        found[n].shape[1:] != expected[n].shape[1:] or not found[n].ndim for n in other
+    ):
+        return None
+    sizes = {(len(found[n]), len(expected[n])) for n in other}
+    return sizes.pop() if len(sizes) == 1 and len(other) <= 2 else None
 
 
 def kind(name: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:

@@ -252,6 +252,10 @@ def scripted() -> bytes:
         ([torch.ones(2)], "holds a list, not a state dict: save `model.state_dict()`."),
         (torch.ones(2), "holds a Tensor, not a state dict: save `model.state_dict()`."),
         (
+            {name: tensor.numpy() for name, tensor in state().items()},
+            "holds NumPy's numbers under `features.0.weight`, not tensors: save",
+        ),
+        (
             {"optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}, "epoch": 1},
             "holds no weights, but `optimizer` and `epoch`.",
         ),
@@ -363,26 +367,64 @@ def test_what_does_not_fit_is_told_by_name_and_shape(content: dict[str, Tensor],
     assert error.value.about == "weights"
 
 
-@pytest.mark.parametrize("name", ["vit_b_32", "mnasnet0_5", "swin_v2_t", "densenet121", "vgg11_bn"])
-def test_models_that_load_tensors_of_other_versions(name: str) -> None:
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "vit": lambda: models.VisionTransformer(8, 4, 2, 2, 8, 16, num_classes=3),
+    "mnasnet": lambda: models.MNASNet(0.5, num_classes=3),
+    "densenet": lambda: models.DenseNet(4, (1, 1), 8, num_classes=3),
+    "resnet": lambda: models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1], num_classes=3),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_models_that_load_tensors_of_other_versions(kind: str) -> None:
     """Some rename tensors of old files, and some ask for a version, which no safetensors has."""
     torch.manual_seed(0)
-    model = models.get_model_builder(name)(num_classes=3)
+    model = MODELS[kind]()
     old = {
         key.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2.")
-        if name.startswith("vit")
+        if kind == "vit"
         else key.replace("norm1.", "norm.1.").replace("conv2.", "conv.2.")
-        if name.startswith("dense")
+        if kind == "densenet"
         else key: tensor
         for key, tensor in model.state_dict().items()
         if "num_batches" not in key
     }
-    assert (old.keys() == model.state_dict().keys()) == (name == "swin_v2_t")
+    assert old.keys() != model.state_dict().keys()
     for given in (model.state_dict(), old, {f"module.{k}": t for k, t in old.items()}):
-        other = models.get_model_builder(name)(num_classes=3)
+        other = MODELS[kind]()
         load_state(other, dict(given), "")
         for key, tensor in model.state_dict().items():
             assert torch.equal(other.state_dict()[key], tensor), key
+
+
+def test_another_number_of_classes_is_told_as_such() -> None:
+    torch.save(state("module."), "mine.pt")
+    for classes in (3, list("abcde")):
+        with pytest.raises(InputError) as error:
+            from_spec(SPEC, "mine.pt", SMALL, classes)
+        count = classes if isinstance(classes, int) else len(classes)
+        assert str(error.value) == (
+            f"The weights in mine.pt have 4 outputs, but the model has {count} (`fc.weight` is "
+            f"(4, 6) in the weights and ({count}, 6) in the model; `fc.bias` is (4,) in the "
+            f"weights and ({count},) in the model)."
+        )
+        assert error.value.about == "classes"
+
+
+class Compiled(nn.Module):
+    """As `torch.compile` wraps a model."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self._orig_mod = model
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, Compiled])
+def test_a_model_that_is_wrapped_itself_takes_any_names(wrap: Callable[..., nn.Module]) -> None:
+    for prefix in ("", "module.", "_orig_mod.", "model.", "model.module._orig_mod."):
+        net = Net()
+        load_state(wrap(net), state(prefix), "")
+        assert all(torch.equal(net.state_dict()[name], each) for name, each in state().items())
 
 
 def test_names_that_are_right_stay_as_they_are() -> None:

@@ -40,7 +40,11 @@ def settings_of(model: nn.Module) -> dict[str, Any]:
 NAMES = [n for n in models.list_models(module=models) if not n.startswith("regnet")]
 
 
-@pytest.mark.parametrize("name", [*NAMES, "regnet_y_400mf"])
+QUICK = {"googlenet", "inception_v3", "mobilenet_v3_small", "mnasnet0_5", "swin_t", "vit_b_32"}
+SWEEP = [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in NAMES]
+
+
+@pytest.mark.parametrize("name", [*SWEEP, "regnet_y_400mf"])
 def test_a_model_of_torchvision_has_the_settings_of_its_published_weights(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
