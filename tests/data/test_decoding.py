@@ -245,7 +245,7 @@ def deep_colors(numbers: NDArray[Any], kind: str) -> bytes:
 @pytest.mark.parametrize("kind", ["TIFF", "PNG", "PNG with alpha", "PNG of grey and alpha"])
 def test_colors_of_16_bits_keep_their_picture_or_are_refused(kind: str) -> None:
     bands = {"PNG with alpha": 4, "PNG of grey and alpha": 2}.get(kind, 3)
-    full = np.repeat(np.uint16(GREY * 65535)[..., None], bands, axis=2)
+    full = np.repeat((GREY * 65535).astype(np.uint16)[..., None], bands, axis=2)
     if bands != 3:
         full[..., -1] = 65535
     image = decode(deep_colors(full, kind), "it")
