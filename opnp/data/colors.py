@@ -53,8 +53,9 @@ def check_values(image: Image.Image, where: str) -> None:
         if image.mode == "L" and tag(image, SAMPLES) == 2:
             raise InputError(f"{where} holds signed numbers of 8 bits: save it without signs.")
         return
-    parts = [np.asarray(image.crop(box)) for box in bands((0, 0, *image.size))]
-    low, high = (float(of([of(part) for part in parts])) for of in (np.min, np.max))  # NaN stays
+    parts = (np.asarray(image.crop(box)) for box in bands((0, 0, *image.size)))
+    ends = np.array([(part.min(), part.max()) for part in parts])
+    low, high = float(ends[:, 0].min()), float(ends[:, 1].max())  # NaN stays
     if image.mode == "F":
         if not (low >= 0 and high <= 1):
             raise InputError(

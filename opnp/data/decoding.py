@@ -211,9 +211,11 @@ def cost(image: ImageFile.ImageFile, file: Encoded) -> float:
             return 5.2 * bands
         case "TIFF" if about.tag_v2.get(ORIENTATION, 1) != 1:  # Pillow turns it
             return 4
-        case "TIFF" if image.tile and image.tile[0].codec_name != "raw":  # strip by strip
+        case "TIFF" if image.tile and image.tile[0].codec_name != "raw":
+            # A strip at a time, out of the whole file.
             rows = min(int(about.tag_v2.get(ROWS_PER_STRIP, image.height)), image.height)
-            return 4 * rows / image.height
+            length = file.seek(0, os.SEEK_END)
+            return (4 * rows + length / image.width) / image.height
         case "PNG" if about.is_animated:
             return 8
         case "GIF":

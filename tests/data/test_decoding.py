@@ -396,6 +396,10 @@ def test_no_image_within_the_limits_takes_more_than_300_megabytes() -> None:
     Image.new("RGB", (3700, 3700)).save("a.webp", method=0)
     Image.new("RGB", (3200, 3200)).save("a.jp2")
     Image.new("L", (9400, 9500)).save("grey.png", compress_level=1)
+    Image.new("F", (7000, 7000), 0.5).save("float.tif")
+    Image.new("I;16", (8000, 8000), 30_000).save("deep.png", compress_level=1)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5000, 5000, 3), np.uint8))
+    noise.save("noise.tif", compression="tiff_lzw")
     Image.new("RGB", (65_000, 1), "red").save("thin.png")
     Image.new("RGB", (1, 65_000), "red").save("tall.png")
     names = [path.name for path in sorted(Path().iterdir()) if path.name != "tiny.png"]
