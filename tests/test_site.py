@@ -9,12 +9,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import yaml
+from ruamel.yaml import YAML
 
 import opnp
 from tests.conftest import ROOT, run_program
 from tests.test_layers import ROOMS
 
+yaml = YAML(typ="safe", pure=True)
 PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -112,7 +113,7 @@ def named(dotted: str) -> bool:
 
 
 def test_the_version_is_the_same_everywhere() -> None:
-    citation: dict[str, Any] = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    citation: dict[str, Any] = yaml.load((ROOT / "CITATION.cff").read_text())
     changelog = (ROOT / "CHANGELOG.md").read_text()
     [(version, date), *_] = re.findall(r"^## \[([\d.]+)\] - ([\d-]+)$", changelog, re.M)
     assert version == citation["version"] == opnp.__version__
@@ -121,7 +122,7 @@ def test_the_version_is_the_same_everywhere() -> None:
 
 
 def test_the_hooks_run_what_lint_runs() -> None:
-    [local] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    [local] = yaml.load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     assert local["repo"] == "local"
     lint = (ROOT / "Makefile").read_text().partition("\nlint:")[2].partition("\n\n")[0]
     for hook in local["hooks"]:
