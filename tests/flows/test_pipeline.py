@@ -794,5 +794,5 @@ def test_the_page_about_detectors_on_runs(
     assert by_python.digest == by_program.digest  # whenever it was made
     assert torch.equal(by_python.mask.weights, by_program.mask.weights)
     set_parameters(workspace, {"search.max_accuracy_drop": 5.0})
-    with pytest.raises(InputError, match="made with other parameters in section search"):
+    with pytest.raises(InputError, match="made with other parameters of the search"):
         from_run(Run(HERE, parameters.load()))
