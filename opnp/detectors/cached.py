@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from opnp.errors import InputError
 from opnp.pruning.energy import bias_of, check_head
 
-__all__ = ["CachedDetector", "about", "class_means"]
+__all__ = ["CachedDetector", "EncoderDetector", "about", "class_means"]
 
 BLOCK = 1 << 24  # numbers of (rows, K, L) held at once
 
@@ -31,16 +31,56 @@ def about(title: str, venue: str, year: int, url: str, code: str | None = None) 
     return DetectorInfo(paper=paper, tasks={Task.CLASSIFICATION})
 
 
-class CachedDetector(FeaturesDetector):
-    """A detector of penultimate features that is fitted to labelled training features.
+class EncoderDetector(FeaturesDetector):
+    """A detector of penultimate features, which makes them itself if it is given an encoder.
 
-    A subclass has `_fit`, which is given float64 features and labels of ID samples alone, and
-    `_score`, which is given float64 features. Its attributes in ``fitted`` are what fitting makes.
+    A subclass has `fit_features` and `predict_features`.
     """
 
     requires_fit = True
+
+    encoder: Callable[[Tensor], Tensor] | None
+    """Maps inputs to penultimate features (N, L); None if only features are given."""
+
+    def fit(self, data_loader: Any) -> Self:
+        """Fit on a loader of ``(x, y)``; samples with labels below zero are ignored.
+
+        Raises:
+            ModelNotSetException: there is no encoder.
+            ValueError: the loader has no ID samples.
+        """
+        if self.encoder is None:
+            raise ModelNotSetException
+        device = self.device or torch.device("cpu")
+        return self.fit_features(*extract_features(data_loader, self.encoder, device))
+
+    def predict(self, x: Tensor) -> Tensor:
+        """Outlier scores (N,) of inputs; larger means OOD.
+
+        Raises:
+            ModelNotSetException: there is no encoder.
+            RequiresFittingException: it was not fitted and needs to be.
+        """
+        if self.encoder is None:
+            raise ModelNotSetException
+        return self.predict_features(self.encoder(x if self.device is None else x.to(self.device)))
+
+
+class CachedDetector(EncoderDetector):
+    """A detector of penultimate features that is fitted to labelled training features.
+
+    A subclass has `_fit`, which is given float64 features and labels of ID samples alone, and
+    `_score`, which is given float64 features.
+
+    Attributes:
+        fitted: names of the attributes that fitting makes; None before.
+        at_once: names of the hyperparameters that take effect without another fit. To set any other
+            discards what is fitted.
+    """
+
     hyperparameter_space: dict[str, list[Any]] = {}
     fitted: tuple[str, ...] = ()
+    at_once: frozenset[str] = frozenset()
 
     def __init__(self, encoder: Callable[[Tensor], Tensor] | None, head: nn.Linear):
         """
@@ -50,8 +90,32 @@ class CachedDetector(FeaturesDetector):
         """
         self.encoder = encoder
         self.head = copy.deepcopy(head).requires_grad_(False)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Discard what was fitted."""
         for name in self.fitted:
             setattr(self, name, None)
+
+    def _check(self) -> None:
+        """Refuse hyperparameters out of range; called whenever some are set.
+
+        Raises:
+            InputError: one is.
+        """
+
+    def set_hyperparameters(self, **kwargs: Any) -> Self:
+        """Set hyperparameters; unless all are in ``at_once``, fit again afterwards.
+
+        Raises:
+            InputError: a value is out of range.
+            ValueError: there is no such hyperparameter.
+        """
+        super().set_hyperparameters(**kwargs)
+        self._check()
+        if not self.at_once.issuperset(kwargs):
+            self._forget()
+        return self
 
     @abstractmethod
     def _fit(self, h: Tensor, y: Tensor) -> None:
@@ -79,17 +143,24 @@ class CachedDetector(FeaturesDetector):
         """How many rows of (K, L) numbers fit in a block of memory."""
         return max(1, BLOCK // self.head.weight.numel())
 
-    def fit(self, data_loader: Any) -> Self:
-        """Fit on a loader of ``(x, y)``; samples with labels below zero are ignored.
+    def _id_samples(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The features and labels of the ID samples, on the device of the head; see `fit_features`.
 
         Raises:
-            ModelNotSetException: there is no encoder.
-            ValueError: the loader has no ID samples.
+            InputError: see `fit_features`.
         """
-        if self.encoder is None:
-            raise ModelNotSetException
-        device = self.device or torch.device("cpu")
-        return self.fit_features(*extract_features(data_loader, self.encoder, device))
+        name = type(self).__name__
+        if y.shape != x.shape[:1]:
+            raise InputError(
+                f"{name} needs one label for each row of features {tuple(x.shape)}, not "
+                f"{tuple(y.shape)}."
+            )
+        known = is_known(y)
+        if not known.any():
+            raise InputError(f"{name} cannot be fitted: no sample has a label of zero or above.")
+        h = x[known.to(x.device)].to(self.head.weight.device)
+        check_head(h, self.head.weight, bias_of(self.head))
+        return h, y[known].to(h.device)
 
     @torch.no_grad()
     def fit_features(self, x: Tensor, y: Tensor) -> Self:
@@ -103,30 +174,9 @@ class CachedDetector(FeaturesDetector):
             InputError: no sample is ID, there is not one label for each sample, or features are
                 not finite or of another width.
         """
-        name = type(self).__name__
-        if y.shape != x.shape[:1]:
-            raise InputError(
-                f"{name} needs one label for each row of features {tuple(x.shape)}, not "
-                f"{tuple(y.shape)}."
-            )
-        known = is_known(y)
-        if not known.any():
-            raise InputError(f"{name} cannot be fitted: no sample has a label of zero or above.")
-        h = x[known.to(x.device)].to(self.head.weight.device)
-        check_head(h, self.head.weight, bias_of(self.head))
-        self._fit(h.double(), y[known].to(h.device))
+        h, y = self._id_samples(x, y)
+        self._fit(h.double(), y)
         return self
-
-    def predict(self, x: Tensor) -> Tensor:
-        """Outlier scores (N,) of inputs; larger means OOD.
-
-        Raises:
-            ModelNotSetException: there is no encoder.
-            RequiresFittingException: it was not fitted.
-        """
-        if self.encoder is None:
-            raise ModelNotSetException
-        return self.predict_features(self.encoder(x if self.device is None else x.to(self.device)))
 
     @torch.no_grad()
     def predict_features(self, x: Tensor) -> Tensor:

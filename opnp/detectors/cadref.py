@@ -19,7 +19,6 @@ of zero.
 """
 
 from collections.abc import Callable
-from typing import Any, Self
 
 from torch import Tensor, nn
 
@@ -89,17 +88,6 @@ class CADRef(CachedDetector):
                 f"CADRef knows no logit score {self.logit_score!r}: choose from "
                 f"{', '.join(SCORES)}."
             )
-
-    def set_hyperparameters(self, **kwargs: Any) -> Self:
-        """Set the logit score; fit again afterwards.
-
-        Raises:
-            InputError: there is no such score.
-        """
-        super().set_hyperparameters(**kwargs)
-        self._check()
-        self.means = self.mean_score = None
-        return self
 
     def _logit_score(self, logits: Tensor) -> Tensor:
         return SCORES[self.logit_score](logits).clamp(min=SMALLEST)

@@ -35,15 +35,15 @@ class CORE(CachedDetector):
         2026,
         "https://arxiv.org/abs/2603.18290",
     )
-    fitted = ("directions", "scale")
+    fitted = ("rows", "directions", "scale")
 
+    rows: Tensor | None  # an orthonormal basis of the row space of W, (rank, L)
     directions: Tensor | None  # r̄_c / ‖r̄_c‖ of the classes that have samples, (classes, L)
     scale: tuple[Tensor, Tensor] | None  # means and standard deviations of both scores, (2,) each
 
     def _residual(self, h: Tensor) -> Tensor:
-        u, values, rows = torch.linalg.svd(self.weight, full_matrices=False)
-        rows = rows[values > values.max() * max(self.weight.shape) * torch.finfo(u.dtype).eps]
-        rest = h - h @ rows.T @ rows
+        assert self.rows is not None
+        rest = h - h @ self.rows.T @ self.rows
         # What rounding leaves of a residual that is zero has no direction.
         tiny = 1e-9 * h.norm(dim=1, keepdim=True)
         return torch.where(rest.norm(dim=1, keepdim=True) > tiny, rest, 0.0)
@@ -55,6 +55,9 @@ class CORE(CachedDetector):
         return torch.stack([self.logits(h).logsumexp(dim=1), member], dim=1)
 
     def _fit(self, h: Tensor, y: Tensor) -> None:
+        _, values, rows = torch.linalg.svd(self.weight, full_matrices=False)
+        smallest = values.max() * max(self.weight.shape) * torch.finfo(values.dtype).eps
+        self.rows = rows[values > smallest]
         means, counts = class_means(self._residual(h), y, self.head.out_features)
         self.directions = F.normalize(means[counts > 0], dim=1)
         scores = self._scores(h)

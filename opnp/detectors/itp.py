@@ -39,6 +39,7 @@ class ITP(CachedDetector):
     )
     hyperparameter_space = {"percentile": [0, 10, 20, 30, 50], "deviations": [1.5, 1.6, 2.2, 3.0]}
     fitted = ("mean", "deviation")
+    at_once = frozenset({"percentile", "deviations"})
 
     mean: Tensor | None  # μ, (K, L)
     deviation: Tensor | None  # σ, (K, L)

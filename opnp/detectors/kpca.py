@@ -14,8 +14,8 @@ numbers drawn from a fixed seed.
 """
 
 from collections.abc import Callable
+from functools import lru_cache
 from math import pi, sqrt
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -67,20 +67,12 @@ class KPCA(CachedDetector):
         self.dimensions = dimensions or min(2 * head.in_features, 2048)
         self.seed = seed
 
-    def set_hyperparameters(self, **kwargs: Any) -> Self:
-        """Set hyperparameters; fit again afterwards."""
-        super().set_hyperparameters(**kwargs)
-        self.centre = self.components = None
-        return self
-
     def _mapped(self, h: Tensor) -> Tensor:
         direction = F.normalize(h, dim=1)
         if self.gamma is None:
             return direction
-        generator = torch.Generator().manual_seed(self.seed)
-        size = (self.dimensions, h.shape[1])
-        omega = sqrt(2 * self.gamma) * torch.randn(size, generator=generator, dtype=h.dtype)
-        shift = 2 * pi * torch.rand(self.dimensions, generator=generator, dtype=h.dtype)
+        frequencies, shift = random_features(self.seed, self.dimensions, h.shape[1])
+        omega = sqrt(2 * self.gamma) * frequencies
         angle = direction @ omega.T.to(h.device) + shift.to(h.device)
         return sqrt(2 / self.dimensions) * angle.cos()
 
@@ -99,6 +91,15 @@ class KPCA(CachedDetector):
         assert self.components is not None
         centred = self._mapped(h) - self.centre
         return (centred - centred @ self.components @ self.components.T).norm(dim=1)
+
+
+@lru_cache(maxsize=2)  # every batch of every combination of hyperparameters asks for the same
+def random_features(seed: int, dimensions: int, width: int) -> tuple[Tensor, Tensor]:
+    """Ω for γ = ½, (M, L), and u, (M,), of the Fourier features, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    omega = torch.randn((dimensions, width), generator=generator, dtype=torch.float64)
+    shift = 2 * pi * torch.rand(dimensions, generator=generator, dtype=torch.float64)
+    return omega, shift
 
 
 MAKERS: dict[str, Maker] = {"kpca": lambda m: KPCA(None, m.head)}

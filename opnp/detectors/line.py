@@ -42,10 +42,11 @@ class LINe(CachedDetector):
         "neurons": [0, 10, 50, 90],
         "clip": [90, 95, 99, None],
     }
-    fitted = ("means", "thresholds")
+    fitted = ("means", "threshold")
+    at_once = frozenset({"weights", "neurons"})
 
     means: Tensor | None  # E[h_j | c], (K, L)
-    thresholds: dict[float, float] | None  # activation at each percentile of the space
+    threshold: float | None  # that features are clipped at; infinite if they are not
 
     def __init__(
         self,
@@ -64,30 +65,36 @@ class LINe(CachedDetector):
             clip: percentile of the training activations to clip features at; None: do not clip.
         """
         super().__init__(encoder, head)
+        # By class, p_w and p_a: what |v_cj| W_ij and v_cj must exceed.
+        self.cuts: dict[tuple[int, float, float], tuple[float, float]] = {}
         self.weights = weights
         self.neurons = neurons
         self.clip = clip
 
     def _fit(self, h: Tensor, y: Tensor) -> None:
         self.means, _ = class_means(h, y, self.head.out_features)
-        wanted = [*self.hyperparameter_space["clip"], self.clip]
-        self.thresholds = {each: percentile(h, each) for each in wanted if each is not None}
+        clip = self.clip
+        self.threshold = float("inf") if clip is None else percentile(h, clip)
+        self.cuts = {}
+
+    def _kept(self, label: int, weight: Tensor) -> Tensor:
+        """W, (K, L), with zeros where the weights and neurons of a class are removed."""
+        assert self.means is not None
+        value = weight[label] * self.means[label]
+        weighted = value.abs() * weight
+        key = label, self.weights, self.neurons
+        if key not in self.cuts:  # a percentile of K·L values takes most of the time
+            self.cuts[key] = percentile(weighted, self.weights), percentile(value, self.neurons)
+        of_weights, of_neurons = self.cuts[key]
+        return torch.where((weighted > of_weights) & (value > of_neurons), weight, 0.0)
 
     def _score(self, h: Tensor) -> Tensor:
-        assert self.means is not None
-        assert self.thresholds is not None
-        if self.clip is not None:
-            h = h.clamp(max=self.thresholds[self.clip])
-        predicted = self.logits(h).argmax(dim=1)
-        values, energies = self.weight * self.means, h.new_empty(len(h))
-        for label in predicted.unique():
+        h = h.clamp(max=self.threshold)
+        weight, bias = self.weight, self.bias
+        predicted, energies = self.logits(h).argmax(dim=1), h.new_empty(len(h))
+        for label in predicted.unique().tolist():
             rows = predicted == label
-            value = values[label]
-            weighted = value.abs() * self.weight  # (K, L)
-            kept = (weighted > percentile(weighted, self.weights)) & (
-                value > percentile(value, self.neurons)
-            )
-            logits = h[rows] @ torch.where(kept, self.weight, 0.0).T + self.bias
+            logits = h[rows] @ self._kept(label, weight).T + bias
             energies[rows] = -logits.logsumexp(dim=1)
         return energies
 

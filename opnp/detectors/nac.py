@@ -17,7 +17,6 @@ they use; there (α, M, O) is (100, 50, 50) on CIFAR-10 and (3000, 50, 10) on Im
 """
 
 from collections.abc import Callable
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +45,7 @@ class NAC(CachedDetector):
         "enough": [5, 50, 500],
     }
     fitted = ("counts",)
+    at_once = frozenset({"enough"})
 
     counts: Tensor | None  # training samples in each bin of each feature, (bins, L)
 
@@ -69,13 +69,6 @@ class NAC(CachedDetector):
         self.steepness = steepness
         self.bins = bins
         self.enough = enough
-
-    def set_hyperparameters(self, **kwargs: Any) -> Self:
-        """Set hyperparameters; all but ``enough`` ask for another fit."""
-        super().set_hyperparameters(**kwargs)
-        if set(kwargs) - {"enough"}:
-            self.counts = None
-        return self
 
     def edges(self) -> Tensor:
         """The lower edges of the bins but the first, (M − 3,), ascending in (0, 1)."""

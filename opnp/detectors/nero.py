@@ -27,23 +27,14 @@ Decided here:
 - If h is zero, ‖h_low‖₁ / ‖h‖₁ is taken to be 1, its largest value.
 """
 
-import copy
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import torch
-from pytorch_ood.api import (
-    DetectorInfo,
-    FeaturesDetector,
-    ModelNotSetException,
-    Paper,
-    RequiresFittingException,
-    Task,
-)
-from pytorch_ood.utils import extract_features, is_known
 from torch import Tensor, nn
 
 from opnp.detectors.base import Maker
+from opnp.detectors.cached import CachedDetector, about
 from opnp.errors import InputError
 from opnp.pruning.energy import bias_of, check_head, logits
 
@@ -88,7 +79,7 @@ def relevance(
     return h * (p_by_z @ weight), p_by_z @ bias
 
 
-class NERO(FeaturesDetector):
+class NERO(CachedDetector):
     """Distance of a sample's neuron relevance to the nearest class; formulas are in the module.
 
     Source: Chhetri et al., "NERO: Explainable Out-of-Distribution Detection with Neuron-level
@@ -99,21 +90,21 @@ class NERO(FeaturesDetector):
         neurons, bias = detector.relevance(model.encoder(images))  # what the scores are based on
     """
 
-    info = DetectorInfo(
-        paper=Paper(
-            title="NERO: Explainable Out-of-Distribution Detection with Neuron-level Relevance",
-            venue="MICCAI",
-            year=2025,
-            url="https://arxiv.org/abs/2506.15404",
-            code="https://github.com/bhattarailab/NERO",
-        ),
-        tasks={Task.CLASSIFICATION},
+    info = about(
+        "NERO: Explainable Out-of-Distribution Detection with Neuron-level Relevance",
+        "MICCAI",
+        2025,
+        "https://arxiv.org/abs/2506.15404",
+        "https://github.com/bhattarailab/NERO",
     )
-
-    requires_fit = True
-
-    #: Search space for `pytorch_ood.utils.GridSearch`, as fractions of the features.
+    # As fractions of the features.
     hyperparameter_space = {"components": [1 / 3, 2 / 3, 1.0], "lowest": [0.1, 0.34, 0.67]}
+    fitted = ("basis", "centroids")
+    at_once = frozenset({"lowest"})
+
+    basis: Tensor | None  # (L, d)
+    centroids: Tensor | None  # (classes, d)
+    bias_scale = 0.0
 
     def __init__(
         self,
@@ -136,14 +127,10 @@ class NERO(FeaturesDetector):
         Raises:
             InputError: a fraction or epsilon is out of range.
         """
-        self.encoder = encoder
-        self.head = copy.deepcopy(head).requires_grad_(False)
+        super().__init__(encoder, head)
         self.components = components
         self.lowest = lowest
         self.epsilon = epsilon
-        self.basis: Tensor | None = None  # (L, d), float64
-        self.centroids: Tensor | None = None  # (classes, d), float64
-        self.bias_scale = 0.0
         self._check()
 
     def _check(self) -> None:
@@ -152,16 +139,6 @@ class NERO(FeaturesDetector):
                 raise InputError(f"{name}={value} must be a fraction of the features in (0, 1].")
         if not 0 < self.epsilon < float("inf"):
             raise InputError(f"epsilon={self.epsilon} must be positive and finite.")
-
-    def set_hyperparameters(self, **kwargs: Any) -> Self:
-        """Set fractions; ``lowest`` takes effect at once, ``components`` at the next fit.
-
-        Raises:
-            InputError: a fraction is out of range.
-        """
-        super().set_hyperparameters(**kwargs)
-        self._check()
-        return self
 
     def _count(self, share: float) -> int:
         return max(1, int(share * self.head.in_features))
@@ -175,20 +152,6 @@ class NERO(FeaturesDetector):
         x = x.to(self.head.weight.device)
         return relevance(x, self.head.weight, bias_of(self.head), self.epsilon)
 
-    def fit(self, data_loader: Any) -> Self:
-        """Fit centroids and components on a loader of ``(x, y)``.
-
-        Samples with labels below zero are ignored.
-
-        Raises:
-            ModelNotSetException: there is no encoder.
-            ValueError: the loader has no ID samples.
-        """
-        if self.encoder is None:
-            raise ModelNotSetException
-        device = self.device or torch.device("cpu")
-        return self.fit_features(*extract_features(data_loader, self.encoder, device))
-
     @torch.no_grad()
     def fit_features(self, x: Tensor, y: Tensor) -> Self:
         """Fit centroids and components on features; their relevances take 8·N·L bytes.
@@ -201,21 +164,16 @@ class NERO(FeaturesDetector):
             InputError: no sample is ID, the number of labels differs from that of samples, or
                 features are not finite or of another width.
         """
-        if y.shape != x.shape[:1]:
-            raise InputError(
-                f"NERO needs one label for each row of features {tuple(x.shape)}, not "
-                f"{tuple(y.shape)}."
-            )
-        known = is_known(y)
-        if not known.any():
-            raise InputError("NERO cannot be fitted: no sample has a label of zero or above.")
-        x, y = x[known.to(x.device)], y[known].to(self.head.weight.device)
-        parts = [self.relevance(h) for h in x.split(BATCH)]
+        self._fit(*self._id_samples(x, y))  # as they are: only relevances are float64
+        return self
+
+    def _fit(self, h: Tensor, y: Tensor) -> None:
+        parts = [self.relevance(each) for each in h.split(BATCH)]
         neurons, bias = (torch.cat(column) for column in zip(*parts, strict=True))
 
         centred = neurons - neurons.mean(dim=0)
         _, vectors = torch.linalg.eigh(centred.T @ centred)  # ascending; exact, unlike a random SVD
-        kept = max(1, min(self._count(self.components), len(x) - 1))
+        kept = max(1, min(self._count(self.components), len(h) - 1))
         self.basis = vectors[:, -kept:]
         # The mean of the projections is the projection of the mean. Centring is skipped because it
         # cancels in every distance.
@@ -224,26 +182,21 @@ class NERO(FeaturesDetector):
 
         size = float(bias.abs().mean())
         self.bias_scale = float(self._distance(neurons).mean()) / size if size else 0.0
-        return self
 
     def _distance(self, neurons: Tensor) -> Tensor:
         """D, shape (N,), of relevances (N, L)."""
-        if self.basis is None or self.centroids is None:
-            raise RequiresFittingException
+        assert self.basis is not None
+        assert self.centroids is not None
         return torch.cdist(neurons @ self.basis, self.centroids, p=1).amin(dim=1)
 
-    def predict(self, x: Tensor) -> Tensor:
-        """Outlier scores (N,) of inputs; larger means OOD.
+    def _score(self, h: Tensor) -> Tensor:
+        neurons, bias = self.relevance(h)
+        size = h.abs()
+        low = neurons.argsort(dim=1, stable=True)[:, : self._count(self.lowest)]
+        norm = size.sum(dim=1)
+        share = torch.where(norm > 0, size.gather(1, low).sum(dim=1) / norm, 1.0)
+        return (self._distance(neurons) + self.bias_scale * bias.abs()) * share
 
-        Raises:
-            ModelNotSetException: there is no encoder.
-            RequiresFittingException: it was not fitted.
-        """
-        if self.encoder is None:
-            raise ModelNotSetException
-        return self.predict_features(self.encoder(x if self.device is None else x.to(self.device)))
-
-    @torch.no_grad()
     def predict_features(self, x: Tensor) -> Tensor:
         """Outlier scores (N,), at least float32, of features (N, L); larger means OOD.
 
@@ -251,15 +204,7 @@ class NERO(FeaturesDetector):
             RequiresFittingException: it was not fitted.
             InputError: features are not finite or of another width.
         """
-        if self.basis is None:
-            raise RequiresFittingException
-        neurons, bias = self.relevance(x)
-        size = x.double().abs()
-        low = neurons.argsort(dim=1, stable=True)[:, : self._count(self.lowest)]
-        norm = size.sum(dim=1)
-        share = torch.where(norm > 0, size.gather(1, low).sum(dim=1) / norm, 1.0)
-        scores = (self._distance(neurons) + self.bias_scale * bias.abs()) * share
-        return scores.to(torch.promote_types(x.dtype, torch.float32))
+        return super().predict_features(x).to(torch.promote_types(x.dtype, torch.float32))
 
 
 MAKERS: dict[str, Maker] = {"nero": lambda m: NERO(None, m.head)}

@@ -7,19 +7,16 @@ from typing import Any, Self
 import torch
 from pytorch_ood.api import (
     Detector,
-    DetectorInfo,
     FeaturesDetector,
     LogitsDetector,
-    ModelNotSetException,
-    Paper,
     RequiresFittingException,
-    Task,
 )
-from pytorch_ood.utils import extract_features, is_known
+from pytorch_ood.utils import is_known
 from torch import Tensor, nn
 
 from opnp.detectors import base
 from opnp.detectors.base import Samples, TrainedModel
+from opnp.detectors.cached import EncoderDetector, about
 from opnp.errors import InputError
 from opnp.pruning.candidates import Candidate
 from opnp.pruning.energy import bias_of, check_head
@@ -41,7 +38,7 @@ class LogitsScore(LogitsDetector):
         return self.function(logits)
 
 
-class OPNP(FeaturesDetector):
+class OPNP(EncoderDetector):
     """The energy of a head without its weights and neurons of extreme sensitivity.
 
     With ``weights`` alone it is OPP, with ``neurons`` alone ONP, and with neither the energy
@@ -56,17 +53,12 @@ class OPNP(FeaturesDetector):
         clipped = OPNP(model.encoder, model.head, neurons=(10, 2), detector="react")
     """
 
-    info = DetectorInfo(
-        paper=Paper(
-            title="Optimal Parameter and Neuron Pruning for Out-of-Distribution Detection",
-            venue="NeurIPS",
-            year=2023,
-            url="https://arxiv.org/abs/2402.10062",
-        ),
-        tasks={Task.CLASSIFICATION},
+    info = about(
+        "Optimal Parameter and Neuron Pruning for Out-of-Distribution Detection",
+        "NeurIPS",
+        2023,
+        "https://arxiv.org/abs/2402.10062",
     )
-
-    requires_fit = True
 
     #: Search space for `pytorch_ood.utils.GridSearch`, in percent. The space of an instance also
     #: holds that of its ``detector``.
@@ -175,20 +167,6 @@ class OPNP(FeaturesDetector):
         self.mask, self.pruned_head = mask, model.head
         self._fitted = None if detector.requires_fit and train is None else detector
 
-    def fit(self, data_loader: Any) -> Self:
-        """Measure the sensitivity over a loader of ``(x, y)`` and prune; see `fit_features`.
-
-        Samples with labels below zero are ignored.
-
-        Raises:
-            ModelNotSetException: there is no encoder.
-            ValueError: the loader has no ID samples.
-        """
-        if self.encoder is None:
-            raise ModelNotSetException
-        device = self.device or torch.device("cpu")
-        return self.fit_features(*extract_features(data_loader, self.encoder, device))
-
     def fit_features(self, x: Numbers, y: Numbers | None = None) -> Self:
         """Measure the sensitivity over features, prune, and fit the detector on what is left.
 
@@ -264,17 +242,6 @@ class OPNP(FeaturesDetector):
             if detector is not None:
                 detector.to(device)
         return self
-
-    def predict(self, x: Tensor) -> Tensor:
-        """Outlier scores (N,) of inputs; larger means OOD.
-
-        Raises:
-            ModelNotSetException: there is no encoder.
-            RequiresFittingException: it was not fitted and needs to be.
-        """
-        if self.encoder is None:
-            raise ModelNotSetException
-        return self.predict_features(self.encoder(x if self.device is None else x.to(self.device)))
 
     @torch.no_grad()
     def predict_features(self, x: Numbers) -> Tensor:

@@ -39,6 +39,7 @@ class OptFS(CachedDetector):
     )
     hyperparameter_space = {"norm": [10.0, 100.0, 1000.0]}
     fitted = ("worth", "edges")
+    at_once = frozenset({"norm"})
 
     worth: Tensor | None  # θ of norm 1, (bins,)
     edges: Tensor | None  # (bins + 1,)

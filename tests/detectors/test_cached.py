@@ -24,6 +24,7 @@ from opnp.detectors.mahalanobis import (
     RelativeMahalanobisPP,
 )
 from opnp.detectors.nac import NAC
+from opnp.detectors.nero import NERO
 from opnp.detectors.optfs import OptFS
 from opnp.detectors.ras import RAS
 from opnp.errors import InputError
@@ -311,6 +312,31 @@ def test_every_combination_of_hyperparameters_runs(make: Callable[..., CachedDet
             detector = make(None, head()).set_hyperparameters(**{name: value})
             assert detector.get_hyperparameters()[name] == value
             assert torch.isfinite(detector.fit_features(h, y).predict_features(new)).all()
+
+
+@pytest.mark.parametrize("make", [*ALL, NERO])
+def test_a_hyperparameter_takes_effect_at_once_or_asks_for_another_fit(
+    make: type[CachedDetector],
+) -> None:
+    (h, y), (new, _) = drawn(), drawn(30, seed=7)
+    assert make.at_once <= make.hyperparameter_space.keys()
+    for name, values in make.hyperparameter_space.items():
+        for value in values:
+            detector = make(None, head()).fit_features(h, y)
+            detector.set_hyperparameters(**{name: value})
+            if name not in make.at_once:
+                with pytest.raises(RequiresFittingException):
+                    detector.predict_features(new)
+                detector.fit_features(h, y)
+            fresh = make(None, head(), **{name: value}).fit_features(h, y)
+            assert torch.equal(detector.predict_features(new), fresh.predict_features(new))
+
+
+def test_what_a_detector_does_not_know_is_refused() -> None:
+    detector = RAS(None, head()).fit_features(*drawn())
+    with pytest.raises(ValueError, match="Unknown hyperparameter 'k'"):
+        detector.set_hyperparameters(k=3)
+    assert detector.predict_features(drawn()[0]).isfinite().all()
 
 
 @pytest.mark.parametrize("make", ALL)
