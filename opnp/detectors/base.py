@@ -334,8 +334,7 @@ def reasons(detector: Detector) -> Iterator[None]:
     name = type(detector).__name__
     try:
         yield
-    # IndexError: SHE looks up the predicted class among the classes of the training samples.
-    except (ValueError, AssertionError, IndexError, LinAlgError) as error:
+    except (ValueError, AssertionError, LinAlgError) as error:
         said = str(error).strip().splitlines()
         line = traceback.extract_tb(error.__traceback__)[-1].line  # an assertion may have no words
         reason = (said[0] if said else f"`{line}` does not hold").rstrip(".")

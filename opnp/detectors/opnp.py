@@ -116,7 +116,7 @@ class OPNP(EncoderDetector):
         }
 
     def _make(self, model: TrainedModel) -> Detector:
-        given = "energy" if self._given is None else self._given
+        given = model.energy if self._given is None else self._given
         if isinstance(given, str):
             return base.make(given, model)
         if not isinstance(given, Detector):

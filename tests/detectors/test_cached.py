@@ -8,12 +8,14 @@ import pytest
 import torch
 from pytorch_ood.api import ModelNotSetException, RequiresFittingException
 from scipy.special import logsumexp
+from scipy.stats import multivariate_normal
 from sklearn.covariance import ledoit_wolf
 from torch import Tensor, nn
 
 from opnp.detectors.cached import CachedDetector, class_means
 from opnp.detectors.cadref import CADRef
 from opnp.detectors.core import CORE
+from opnp.detectors.gmm import GMM
 from opnp.detectors.itp import ITP
 from opnp.detectors.kpca import KPCA
 from opnp.detectors.line import LINe
@@ -27,13 +29,14 @@ from opnp.detectors.nac import NAC
 from opnp.detectors.nero import NERO
 from opnp.detectors.optfs import OptFS
 from opnp.detectors.ras import RAS
+from opnp.detectors.she import SHE
 from opnp.errors import InputError
 from opnp.pruning.energy import linear_head
 
 K, L, N = 4, 10, 120
 ALL: list[type[CachedDetector]] = [
-    CADRef, CORE, ITP, KPCA, LINe, Mahalanobis, MahalanobisPP, NAC, OptFS, RAS,
-    RelativeMahalanobis, RelativeMahalanobisPP,
+    CADRef, CORE, GMM, ITP, KPCA, LINe, Mahalanobis, MahalanobisPP, NAC, OptFS, RAS,
+    RelativeMahalanobis, RelativeMahalanobisPP, SHE,
 ]  # fmt: skip
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -95,6 +98,58 @@ def test_mahalanobis(make: Callable[..., CachedDetector], normalized: bool, rela
     if normalized:
         h, new = (each / np.linalg.norm(each, axis=1, keepdims=True) for each in (h, new))
     np.testing.assert_allclose(found, mahalanobis(h, y, new, relative), rtol=1e-8)
+
+
+@pytest.mark.parametrize("prior", [0.1, 1.0, 100.0])
+@pytest.mark.parametrize("left_out", [(), (2,), (2, 3)])
+def test_gmm(prior: float, left_out: tuple[int, ...]) -> None:
+    """With a class of one sample, and perhaps without others."""
+    h, y, _, _, new = parts()
+    single = np.flatnonzero(y == 1)[1:]
+    kept = np.setdiff1d(np.flatnonzero(~np.isin(y, left_out)), single)
+    h, y = h[kept], y[kept].astype(int)
+    classes = sorted({*y})
+    means = {c: h[y == c].mean(axis=0) for c in classes}
+    away = h - np.stack([means[c] for c in y])
+    pooled = ledoit_wolf(away, assume_centered=True)[0]
+    likelihoods = []
+    for c in classes:
+        count = int((y == c).sum())
+        own = away[y == c].T @ away[y == c]
+        covariance = (own + prior * pooled) / (count + prior)
+        density = multivariate_normal(means[c], covariance)
+        likelihoods.append(np.log(count / len(h)) + density.logpdf(new))
+    expected = -logsumexp(likelihoods, axis=0)
+    detector = GMM(None, head(), prior).fit_features(torch.from_numpy(h), torch.from_numpy(y))
+    found = detector.predict_features(torch.from_numpy(new)).numpy()
+    difference = found - expected  # a constant that all samples share
+    np.testing.assert_allclose(difference, difference[0], rtol=1e-6, atol=1e-6)
+
+
+def test_gmm_with_more_classes_than_features_and_without_spread() -> None:
+    with pytest.raises(InputError, match=r"prior=0 must be positive and finite"):
+        GMM(None, head(), prior=0)
+    with pytest.raises(InputError, match=r"prior=-1 must be positive and finite"):
+        GMM(None, head()).set_hyperparameters(prior=-1)
+    single, y = drawn(K)[0], torch.arange(K)  # one sample a class: distances to the nearest
+    found = (
+        GMM(None, head()).fit_features(single, y).predict_features(torch.cat([single, single + 3]))
+    )
+    assert found[:K].max() < found[K:].min()
+
+
+def test_she() -> None:
+    h, y, weight, bias, new = parts()
+    predicted = (h @ weight.T + bias).argmax(axis=1)
+    correct = predicted == y
+    classes = [c for c in range(K) if (correct & (y == c)).any()]
+    assert len(classes) > 1
+    expected = []
+    for x in new:
+        logits = weight @ x + bias
+        k = max(classes, key=lambda c: logits[c])
+        expected.append(-x @ h[correct & (y == k)].mean(axis=0))
+    np.testing.assert_allclose(scores(SHE(None, head()), new), expected)
 
 
 @pytest.mark.parametrize("logit_score", ["energy", "maxlogit", "msp", "gen"])
@@ -275,7 +330,7 @@ def test_core_without_a_residual_is_the_energy() -> None:
     assert torch.equal(found.argsort(), energy.argsort())
 
 
-@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("make", [make for make in ALL if make is not SHE])
 @pytest.mark.parametrize("present", [1, 2])
 def test_classes_without_samples_and_with_one_are_no_obstacle(
     make: Callable[..., CachedDetector], present: int

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pytorch_ood.api import FeaturesDetector, ModelNotSetException, RequiresFittingException
 from pytorch_ood.benchmark import Benchmark
-from pytorch_ood.detector import GEN, GMM, KNN, EnergyBased, ReAct, ViM
+from pytorch_ood.detector import GEN, KNN, EnergyBased, ReAct, ViM
 from pytorch_ood.detector.ash import ash_s
 from pytorch_ood.detector.scale import scale
 from pytorch_ood.utils import GridSearch
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opnp import OPNP
+from opnp.detectors.base import TrainedModel, make
+from opnp.detectors.gmm import GMM
 from opnp.detectors.mahalanobis import Mahalanobis
 from opnp.errors import InputError, UnavailableError
 from opnp.metrics.separation import ood_metrics
@@ -336,7 +338,7 @@ SCORES: dict[str, Callable[[Tensor, Tensor, nn.Linear], Tensor]] = {
         .fit_features(h, LABELS)
         .predict_features(x)
     ),
-    "gmm": lambda h, x, head: GMM(None).fit_features(h, LABELS).predict_features(x),
+    "gmm": lambda h, x, head: GMM(None, head).fit_features(h, LABELS).predict_features(x),
     "mahalanobis": lambda h, x, head: (
         Mahalanobis(None, head).fit_features(h, LABELS).predict_features(x)
     ),
@@ -352,7 +354,6 @@ GIVEN: dict[str, tuple[str, Any]] = {
     "GEN.score": ("gen", GEN.score),
     "GEN": ("gen", GEN(None)),
     "KNN": ("knn", KNN(None)),
-    "GMM": ("gmm", GMM(None)),
 }
 
 
@@ -416,7 +417,7 @@ def test_a_detector_that_is_given_is_copied() -> None:
 
 def test_hyperparameters_are_those_of_the_pruning_and_of_the_detector() -> None:
     detector = OPNP(ENCODER, HEAD, **CUTS, detector="react")
-    space = OPNP.hyperparameter_space | ReAct.hyperparameter_space
+    space = OPNP.hyperparameter_space | make("react", TrainedModel(HEAD)).hyperparameter_space
     assert detector.hyperparameter_space == space
     assert OPNP(ENCODER, HEAD).hyperparameter_space == OPNP.hyperparameter_space
     assert detector.get_hyperparameters() == {**CUTS, "percentile": 0.9}

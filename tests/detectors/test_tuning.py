@@ -114,7 +114,7 @@ def test_every_detector_can_be_tuned_alone_and_combined(name: str) -> None:
 
 
 def test_a_detector_without_hyperparameters_is_tuned_to_nothing() -> None:
-    found = tuned("energy")
+    found = tuned("maxlogit")
     assert found.hyperparameters == {}
     assert found.trials == 1
 
@@ -182,14 +182,26 @@ def test_a_combination_spends_half_its_budget_on_the_detector(
     assert found.trials == alone + masks <= budget
 
 
-def test_combinations_that_cannot_run_are_skipped() -> None:
-    found = tuned("knn", budget=9, train=cached(*pictures(2, 60)))
-    assert found.hyperparameters == {"k": 50}
-    assert found.trials == 5
-    with pytest.raises(UnavailableError, match="k=50 exceeds"):
-        tuned("knn", train=cached(*pictures(2, 40)))
-    with pytest.raises(UnavailableError, match="k=50 exceeds"):
-        tuned("opnp+knn", train=cached(*pictures(2, 40)), candidates=CANDIDATES)
+def test_combinations_that_cannot_run_are_skipped(
+    recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scored = recorder.predict_logits
+
+    def refusing(self: Recorder, logits: Tensor) -> Tensor:
+        scores = scored(self, logits)
+        if self.a > limit:
+            raise ValueError(f"a={self.a} is too much")
+        return scores
+
+    monkeypatch.setattr(recorder, "predict_logits", refusing)
+    limit = 2
+    found = tuned("recorder", budget=99)
+    assert found.hyperparameters == {"a": 1, "b": 1}
+    assert found.trials == 13
+    limit = 0
+    for name in ("recorder", "opnp+recorder"):
+        with pytest.raises(UnavailableError, match="a=9 is too much"):
+            tuned(name, candidates=CANDIDATES)
     with pytest.raises(UnavailableError, match="runs on images"):
         tuned("odin", validation=Samples(INSIDE.features))
 
@@ -299,7 +311,7 @@ def test_a_combination_fits_its_detector_once_for_all_sensitivities(
             return function(*args)
 
         monkeypatch.setattr(base, name, counted)
-    found = tuned("opnp+gmm", 10, candidates=CANDIDATES)
+    found = tuned("opnp+she", 10, candidates=CANDIDATES)
     assert found.trials == calls["fit"] == len(CANDIDATES)  # the first is the detector alone
     assert calls["features_seen"] == 1
 

@@ -153,7 +153,6 @@ DIRECT: dict[str, Callable[[], Any]] = {
     "scale": lambda: SCALE(maps, ON_MAPS, detector=ENERGY),
     "she": lambda: SHE(ENCODER, HEAD),
     "knn": lambda: KNN(ENCODER),
-    "gmm": lambda: GMM(ENCODER),
     "vim": lambda: ViM(ENCODER, WIDTH // 2, HEAD.weight, HEAD.bias),
     "odin": lambda: ODIN(CLASSIFIER, norm_std=[0.5]),
     "gradnorm": lambda: GradNorm(CLASSIFIER, lambda name: name == "head.weight"),
@@ -182,6 +181,38 @@ def test_features_suffice_in_any_number_and_with_a_head_without_bias(name: str) 
     assert scores.shape == (base.BATCH + 5,)
     tail = score(detector, model, Samples(features[-9:]))
     torch.testing.assert_close(scores[-9:], tail, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["knn", "nnguide"])
+def test_there_are_no_more_neighbours_than_training_samples(name: str) -> None:
+    few = cached(*pictures(2, 7))
+    found, all_of_them = make(name, MODEL), make(name, MODEL)
+    found.set_hyperparameters(k=1000)
+    fit(found, MODEL, few)
+    assert found.get_hyperparameters() == {"k": 7}
+    all_of_them.set_hyperparameters(k=7)
+    fit(all_of_them, MODEL, few)
+    assert torch.equal(score(found, MODEL, OUTSIDE), score(all_of_them, MODEL, OUTSIDE))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("energy", "t"), ("msp", "t"), ("rankfeat", "temperature")]
+)
+def test_the_temperature_is_a_hyperparameter(name: str, value: str) -> None:
+    detector = make(name, MODEL)
+    assert detector.get_hyperparameters() == {value: T}
+    colder = make(name, replace(MODEL, temperature=5.0))
+    detector.set_hyperparameters(**{value: 5.0})
+    assert torch.equal(score(detector, MODEL, OUTSIDE), score(colder, MODEL, OUTSIDE))
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_all_values_to_try_can_be_set(name: str) -> None:
+    for parameter, values in make(name, MODEL).hyperparameter_space.items():
+        assert len(values) == len({str(value) for value in values})
+        for value in values:
+            detector = make(name, MODEL).set_hyperparameters(**{parameter: value})
+            assert detector.get_hyperparameters()[parameter] == value
 
 
 def test_memory_bounds_the_rows_scored_at_once() -> None:
@@ -266,20 +297,37 @@ def test_hooks_go_even_if_scoring_fails() -> None:
     assert hooks(CLASSIFIER) == 0
 
 
-def without(train: Samples, label: int) -> Samples:
-    assert train.labels is not None
-    kept = train.labels != label
-    return Samples(train.features[kept], train.labels[kept])
+def few_of_many() -> tuple[TrainedModel, Samples, Samples]:
+    """A model of 20 classes, training samples of 9 of them, one of a single one, and new ones."""
+    centres = 3 * drawn(11, 20, WIDTH).abs()
+    head = nn.Linear(WIDTH, 20).requires_grad_(False)
+    head.weight.copy_(centres / 20)
+    head.bias.copy_(-centres.square().sum(dim=1) / 40)  # the nearest centre is predicted
+    labels = torch.cat([torch.tensor([0, 1, 2, 3, 5, 7, 11, 18]).repeat(15), torch.tensor([19])])
+    train, new = (
+        (centres[each] + 0.3 * drawn(seed, len(each), WIDTH)).relu()
+        for each, seed in ((labels, 12), (torch.arange(20).repeat(3), 13))
+    )
+    return TrainedModel(head, choices=CHOICES), Samples(train, labels), Samples(new)
 
 
+@pytest.mark.parametrize("name", [name for name in DETECTORS if name not in OF_IMAGES])
+def test_classes_without_training_samples_or_with_one_are_no_obstacle(name: str) -> None:
+    model, train, new = few_of_many()
+    scores = score(fitted(name, model, train), model, new)
+    assert scores.shape == (60,)
+    assert scores.unique().numel() > 1
+
+
+assert TRAIN.labels is not None
+WRONG = Samples(TRAIN.features, (TRAIN.labels + 1) % K)
 SILENT = Samples(torch.zeros(9, WIDTH))
 BARE = TrainedModel(HEAD)
 FEATURES = Samples(TRAIN.features, TRAIN.labels)
 
 # Name, model, training samples, samples to score, the reason and the type of what caused it.
 CANNOT: list[tuple[str, TrainedModel, Samples, Samples, str, type[Exception] | None]] = [
-    ("knn", BARE, cached(*pictures(2, 40)), OUTSIDE, "k=50 exceeds", ValueError),
-    ("she", BARE, without(TRAIN, 2), INSIDE, "out of (bounds|range)", IndexError),
+    ("she", BARE, WRONG, INSIDE, "no training sample is classified as its label says", InputError),
     ("gmm", BARE, Samples(TRAIN.features), OUTSIDE, "labels, and there are none", ValueError),
     ("nero", BARE, FEATURES, Samples(TRAIN.features / 0), "NaN", InputError),
     ("ash", BARE, FEATURES, SILENT, "not finite", ValueError),
