@@ -73,7 +73,7 @@ DETECTORS = {
         Row("scale", "SCALE", "features"),
         Row("vra", "VRA", "features"),
         Row("she", "SHE", "features", "opnp.detectors.she"),
-        Row("knn", "KNN", "features"),
+        Row("knn", "KNN", "features", "opnp.detectors.knn"),
         Row("mahalanobis", "Mahalanobis", "features", "opnp.detectors.mahalanobis"),
         Row("rmd", "RMD", "features", "opnp.detectors.mahalanobis"),
         Row("vim", "ViM", "features"),

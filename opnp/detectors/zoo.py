@@ -12,7 +12,6 @@ from pytorch_ood.detector import (
     ASH,
     DICE,
     GEN,
-    KNN,
     LTS,
     NCI,
     ODIN,
@@ -41,18 +40,6 @@ Made = TypeVar("Made", bound=Detector)
 
 NEIGHBOURS = [1, 2, 5, 10, 20, 50, 200, 1000]
 TEMPERATURES = [0.5, 1.0, 2.0, 5.0, 10.0]
-
-
-class NearestNeighbours(KNN):
-    """KNN with k at most the number of samples that it is fitted on."""
-
-    hyperparameter_space = {"k": NEIGHBOURS}
-    k: int
-
-    def fit_features(self, z: Tensor, labels: Tensor) -> Self:
-        """Fit on features (N, L), and lower k to what they allow."""
-        self.k = max(1, min(self.k, int(is_known(labels).sum())))
-        return super().fit_features(z, labels)
 
 
 class GuidingNeighbours(NNGuide):
@@ -106,7 +93,6 @@ MAKERS: dict[str, Maker] = {
     "ash": lambda m: ASH(None, m.head_of_maps, detector=m.energy),
     "scale": lambda m: SCALE(None, m.head_of_maps, detector=m.energy),
     "vra": lambda m: VRA(None, m.head_of_maps, detector=m.energy),
-    "knn": lambda m: NearestNeighbours(None),
     "vim": lambda m: ViM(None, max(1, m.head.in_features // 2), m.head.weight, bias_of(m.head)),
     "fdbd": lambda m: fDBD(None, m.head),
     "nci": lambda m: NCI(None, m.head),

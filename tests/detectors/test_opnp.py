@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from opnp import OPNP
+from opnp.detectors import knn
 from opnp.detectors.base import TrainedModel, make
 from opnp.detectors.gmm import GMM
 from opnp.detectors.mahalanobis import Mahalanobis
@@ -332,7 +333,7 @@ SCORES: dict[str, Callable[[Tensor, Tensor, nn.Linear], Tensor]] = {
     "react": lambda h, x, head: EnergyBased.score(head(x.clip(max=threshold(h)))),
     "ash": lambda h, x, head: EnergyBased.score(head(shaped(ash_s, x))),
     "scale": lambda h, x, head: EnergyBased.score(head(shaped(scale, x))),
-    "knn": lambda h, x, head: KNN(None).fit_features(h, LABELS).predict_features(x),
+    "knn": lambda h, x, head: knn.KNN(None, head).fit_features(h, LABELS).predict_features(x),
     "vim": lambda h, x, head: (
         ViM(None, WIDTH // 2, head.weight, bias_of(head))
         .fit_features(h, LABELS)
@@ -348,12 +349,15 @@ SEEN: dict[str, Callable[[Tensor], Tensor]] = {
     "ash": partial(shaped, ash_s),
     "scale": partial(shaped, scale),
 }
+LIBRARY: dict[str, Callable[[Tensor, Tensor, nn.Linear], Tensor]] = {
+    "KNN": lambda h, x, head: KNN(None).fit_features(h, LABELS).predict_features(x)
+}
 # The same detectors as a function, and as the library's own on bare logits and features.
 GIVEN: dict[str, tuple[str, Any]] = {
     **{name: (name, name) for name in SCORES},
     "GEN.score": ("gen", GEN.score),
     "GEN": ("gen", GEN(None)),
-    "KNN": ("knn", KNN(None)),
+    "KNN": ("KNN", KNN(None)),
 }
 
 
@@ -361,7 +365,7 @@ GIVEN: dict[str, tuple[str, Any]] = {
 def test_with_nothing_pruned_another_detector_scores_as_it_does_alone(case: str) -> None:
     name, given = GIVEN[case]
     h, x = ENCODER(TRAIN), ENCODER(VALID)
-    expected = SCORES[name](h, x, HEAD)
+    expected = (SCORES | LIBRARY)[name](h, x, HEAD)
     assert torch.equal(fitted(detector=given).predict_features(x), expected)
     nothing = PruningMask(torch.ones(K, WIDTH, dtype=torch.bool), torch.ones(WIDTH).bool())
     known = OPNP.from_mask(ENCODER, HEAD, nothing, detector=given)
@@ -384,12 +388,13 @@ def test_another_detector_scores_the_pruned_model(case: str) -> None:
         **CUTS,
     )
     head = linear_head(HEAD.weight * mask.weights * mask.neurons, HEAD.bias)
-    expected = SCORES[name](h * mask.neurons, x * mask.neurons, head)
+    scores = (SCORES | LIBRARY)[name]
+    expected = scores(h * mask.neurons, x * mask.neurons, head)
     detector = fitted(**CUTS, detector=given)
     assert torch.equal(detector.predict(VALID), expected)
     assert detector.mask is not None
     assert torch.equal(detector.mask.kept, mask.kept)
-    assert not torch.allclose(expected, SCORES[name](h, x, HEAD))
+    assert not torch.allclose(expected, scores(h, x, HEAD))
     again = OPNP.from_mask(ENCODER, HEAD, mask, detector=given).fit_features(h, LABELS)
     assert again.mask is mask
     assert torch.equal(again.predict(VALID), expected)
