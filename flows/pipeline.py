@@ -99,29 +99,34 @@ def summarize(run: Run) -> None:
     detectors, evaluation, workspace = run.metrics["detectors"], run.evaluation, run.workspace
     kinds = {name: entry["kind"] for name, entry in evaluation["sets"].items()}
     console, uri, ranks = Console(), mlflow_client.tracking_uri(workspace), evaluation["ranks"]
+    order = ranking.ranked(detectors, ranks, same=evaluation["same"])
 
     def comparison(columns: list[str]) -> Table:
         table = Table(title="FPR95 in %, lower is better", title_justify="left", box=SIMPLE_HEAD)
         table.add_column("detector", no_wrap=True)
-        for column in (*columns, "mean rank", "mean AUROC"):
+        for column in (*columns, "mean rank", "mean AUROC", "trials"):
             table.add_column(column, justify="right", overflow="fold", min_width=5)
-        for name in ranking.ranked(detectors, ranks):
+        for name in order:
             by = detectors[name]
             cells = []
             for column in columns:
                 value = by[column]["fpr95"]
                 best = value == min(other[column]["fpr95"] for other in detectors.values())
                 cells.append(Text(f"{value:.1f}", "bold" if best else ""))
-            table.add_row(name, *cells, f"{ranks[name]['mean']:.1f}", f"{by['mean']['auroc']:.1f}")
+            ends = (f"{ranks[name]['mean']:.1f}", f"{by['mean']['auroc']:.1f}")
+            table.add_row(name, *cells, *ends, str(evaluation["trials"][name]))
         return table
 
     whole = ranking.columns(kinds)
     shown = comparison(whole)
     # Sets that do not fit are in the report; the means always are here.
     border, fixed = 3, max(map(len, detectors)) + 4
-    if fixed + (5 + border) * (len(whole) + 2) > console.width:
+    if fixed + (5 + border) * (len(whole) + 3) > console.width:
         shown = comparison([column for column in whole if column not in kinds])
     console.print(shown)
+    if evaluation["same"]:
+        same = ", ".join(f"{name} = {other}" for name, other in evaluation["same"].items())
+        console.print(f"nothing pruned: {same}", soft_wrap=True, highlight=False)
     for name, reason in evaluation["unavailable"].items():
         told = Text(f"not compared: {name}: {' '.join(reason.split())}")
         console.print(told, soft_wrap=True)

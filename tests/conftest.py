@@ -42,8 +42,8 @@ QUICK: dict[str, Any] = {
     "search.temperature": [1.0],
     "search.bootstrap": 100,
     "evaluate.detectors": [
-        "energy", "opp", "onp", "opnp", "opnp+react", "opnp+knn", "msp", "maxlogit", "react",
-        "dice", "knn",
+        "energy", "clip", "opp", "onp", "opnp", "opnp+react", "opnp+knn", "opnp&knn", "msp",
+        "maxlogit", "react", "dice", "knn",
     ],
     "evaluate.budget": 4,
     "evaluate.bootstrap": 100,

@@ -74,6 +74,8 @@ class Row:
         values: of each detector, for each seed that has it.
         pruned: percent of the head's weights that each detector prunes, for each of these seeds;
             None if it is not one that prunes.
+        same: the detectors that each detector is, for any of these seeds, where it prunes nothing.
+        trials: of each detector, for each of these seeds.
     """
 
     backbone: str
@@ -81,6 +83,12 @@ class Row:
     seeds: list[int]
     values: dict[str, list[float]]
     pruned: dict[str, list[float | None]]
+    same: dict[str, set[str | None]]
+    trials: dict[str, set[int]]
+
+    def same_as(self, detector: str) -> str | None:
+        """The detector that this one is for every seed, since it prunes nothing; else None."""
+        return next(iter(found)) if len(found := self.same.get(detector, set())) == 1 else None
 
     def unpruned(self, detector: str) -> bool:
         """Whether a detector might have pruned but did not, for any seed."""
@@ -91,12 +99,14 @@ class Row:
         return fmean(values) if values else None
 
     def text(self, detector: str) -> str:
-        """The mean, marked if nothing was pruned, and of how many seeds if some lack it."""
+        """The mean, or which other detector it is, and of how many seeds if some lack it."""
         mean, count = self.mean(detector), len(self.values.get(detector, ()))
         if mean is None:
             return "–"
-        mark = UNPRUNED * self.unpruned(detector)
-        return f"{mean:.1f}{mark}" + f" ({count} of {len(self.seeds)})" * (count < len(self.seeds))
+        shown = f"{mean:.1f}{UNPRUNED * self.unpruned(detector)}"
+        if (other := self.same_as(detector)) is not None:
+            shown = f"{UNPRUNED} {other}"
+        return shown + f" ({count} of {len(self.seeds)})" * (count < len(self.seeds))
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,14 @@ class Table:
         marked = any(row.unpruned(name) for row in self.rows for name in self.detectors)
         return f"{UNPRUNED} nothing pruned: the detector scores the unpruned model" * marked
 
+    def trials(self) -> list[str]:
+        """How many combinations each detector tried, as a range where runs differ."""
+        found = [
+            set[int]().union(*(row.trials.get(d, ()) for row in self.rows)) for d in self.detectors
+        ]
+        ends = [sorted({min(counts), max(counts)}) if counts else [] for counts in found]
+        return ["–".join(map(str, each)) or "–" for each in ends]
+
     @property
     def title(self) -> str:
         from opnp.metrics.ranking import lower_is_better
@@ -131,15 +149,17 @@ class Table:
         return f"{self.metric}{unit} on {self.on}, {better} is better"
 
     def lines(self) -> list[tuple[list[str], list[str], list[bool]]]:
-        """Heads, cells and which cells are best, of each row and of the mean over rows."""
+        """Heads, cells and which cells are best, of each row, of the means and of the trials."""
         lines = []
         for row in self.rows:
             shown = [row.text(name) for name in self.detectors]
             heads = [row.backbone, short(row.data), str(len(row.seeds))]
-            lines.append((heads, shown, self.best([row.mean(name) for name in self.detectors])))
+            values = [None if row.same_as(n) else row.mean(n) for n in self.detectors]
+            lines.append((heads, shown, self.best(values)))
         means = list(self.means().values())
         shown = ["–" if mean is None else f"{mean:.1f}" for mean in means]
-        return [*lines, (["mean", "", ""], shown, self.best(means))]
+        lines.append((["mean", "", ""], shown, self.best(means)))
+        return [*lines, (["trials", "", ""], self.trials(), [False] * len(means))]
 
     def best(self, values: Sequence[float | None]) -> list[bool]:
         """Which are the best as they are shown: equal digits are equally good."""
@@ -178,7 +198,7 @@ def tabulate(
         latest.setdefault((run.backbone, run.data, run.seed), run.run)
     rows: dict[tuple[str, str], Row] = {}
     for backbone, of, seed in sorted(latest):
-        row = rows.setdefault((backbone, of), Row(backbone, of, [], {}, {}))
+        row = rows.setdefault((backbone, of), Row(backbone, of, [], {}, {}, {}, {}))
         row.seeds.append(seed)
     key = f"{on}/{metric}"
     for run in runs:
@@ -187,6 +207,9 @@ def tabulate(
             row = rows[run.backbone, run.data]
             row.values.setdefault(run.detector, []).append(run.metrics[key])
             row.pruned.setdefault(run.detector, []).append(run.metrics.get("pruned"))
+            row.same.setdefault(run.detector, set()).add(run.same)
+            if "trials" in run.metrics:
+                row.trials.setdefault(run.detector, set()).add(int(run.metrics["trials"]))
     filled = [row for row in rows.values() if row.values]
     if not filled:
         raise InputError(f"No run has {metric} on {on} of these detectors: leave one choice out.")
@@ -217,10 +240,12 @@ def as_values(table: Table) -> dict[str, Any]:
                 "data": row.data,
                 "seeds": row.seeds,
                 "values": {name: row.mean(name) for name in table.detectors},
+                "same": {n: other for n in table.detectors if (other := row.same_as(n))},
             }
             for row in table.rows
         ],
         "mean": table.means(),
+        "trials": dict(zip(table.detectors, table.trials(), strict=True)),
     }
 
 
@@ -269,7 +294,7 @@ def show_table(table: Table) -> None:
         for name in table.detectors[start:stop]:
             part.add_column(Text(name), no_wrap=True, justify="right")
         for names, cells, best in lines:
-            if names[0] == "mean":
+            if names[0] in ("mean", "trials"):
                 part.add_section()
             pairs = zip(cells[start:stop], best[start:stop], strict=True)
             part.add_row(*names, *(Text(cell, "bold" if first else "") for cell, first in pairs))

@@ -33,6 +33,7 @@ from scipy.special import ndtri_exp
 from torch import Tensor
 
 from opnp.detectors.base import Samples
+from opnp.detectors.names import ours
 from opnp.detectors.tuning import Tuned
 from opnp.errors import InputError
 
@@ -197,7 +198,7 @@ class Fusion:
     @property
     def pruned(self) -> float | None:
         """Percent of the head's weights that the part that prunes most prunes; None without one."""
-        shares = [part.pruned for part in self.parts.values() if part.pruned is not None]
+        shares = [part.pruned or 0.0 for name, part in self.parts.items() if ours(name)]
         return max(shares, default=None)
 
     def pruned_logits(self, features: Tensor) -> None:

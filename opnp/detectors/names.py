@@ -32,6 +32,7 @@ __all__ = [
     "maker",
     "ours",
     "parts",
+    "unpruned",
 ]
 
 Takes = Literal["logits", "features", "images", "search"]
@@ -49,6 +50,8 @@ class Row:
         name: its name as papers print it.
         takes: what it scores: logits, penultimate features or images; or ``search``, if it is what
             the mask search chose for one of its methods.
+        unpruned: of a choice of the search that may prune, the detector that it is where it prunes
+            nothing.
         module: where its maker is, in a dictionary ``MAKERS`` by key. A maker takes a
             `opnp.detectors.base.TrainedModel` and returns a detector.
     """
@@ -57,6 +60,7 @@ class Row:
     name: str
     takes: Takes
     module: str = "opnp.detectors.zoo"
+    unpruned: str | None = None
 
 
 DETECTORS = {
@@ -97,10 +101,11 @@ DETECTORS = {
         Row("nac", "NAC", "features", "opnp.detectors.nac"),
         Row("optfs", "OptFS", "features", "opnp.detectors.optfs"),
         Row("ras", "RAS", "features", "opnp.detectors.ras"),
-        Row("opp", "OPP", "search", "opnp.detectors.searched"),
-        Row("onp", "ONP", "search", "opnp.detectors.searched"),
-        Row("opnp", "OPNP", "search", "opnp.detectors.searched"),
-        Row("opnp+react", "OPNP+ReAct", "search", "opnp.detectors.searched"),
+        Row("clip", "Clip", "search", "opnp.detectors.searched"),
+        Row("opp", "OPP", "search", "opnp.detectors.searched", "energy"),
+        Row("onp", "ONP", "search", "opnp.detectors.searched", "energy"),
+        Row("opnp", "OPNP", "search", "opnp.detectors.searched", "energy"),
+        Row("opnp+react", "OPNP+ReAct", "search", "opnp.detectors.searched", "clip"),
     )
 }
 
@@ -124,23 +129,38 @@ def detector_name(name: str) -> str:
     return printed if key == name else f"OPNP+{printed}"
 
 
-def label(name: str, pruned: float | None) -> str:
-    """A detector's printed name, marked if it might have pruned but did not.
+def unpruned(name: str) -> str:
+    """The detector that one of ours is where it prunes nothing; any other is itself.
 
-    Without pruning, OPP is the energy detector and OPNP+ViM is ViM: neither is a method of ours.
+    >>> unpruned("opnp+vim"), unpruned("opnp&vim"), unpruned("vim")
+    ('vim', 'energy&vim', 'vim')
+    """
+    if FUSED in name:
+        return FUSED.join(map(unpruned, parts(name)))
+    return (DETECTORS[name].unpruned if name in DETECTORS else None) or alone(name)
+
+
+def label(name: str, pruned: float | None, same: str | None = None) -> str:
+    """A detector's printed name; one that might have pruned but did not says so.
+
+    Without pruning, OPNP+ViM is ViM, and no method of ours.
 
     Args:
         name: of the detector.
         pruned: percent of the head's weights that it prunes; None if it is not one that prunes.
+        same: the detector whose scores it has, since it prunes nothing.
+
+    >>> label("opnp+vim", 0.0, "vim"), label("opp", 0.0), label("opp", 1.0)
+    ('OPNP+ViM = ViM', 'OPP (nothing pruned)', 'OPP')
     """
+    if same is not None:
+        return f"{detector_name(name)} = {detector_name(same)}"
     return detector_name(name) + " (nothing pruned)" * (pruned == 0)
 
 
 def ours(name: str) -> bool:
-    """Whether a detector prunes by sensitivity: OPP, ONP, OPNP, or a combination with OPNP."""
-    if FUSED in name:
-        return any(map(ours, parts(name)))
-    return alone(name) != name or (name in DETECTORS and DETECTORS[name].takes == "search")
+    """Whether a detector may prune by sensitivity: OPP, ONP, OPNP, or a combination with OPNP."""
+    return unpruned(name) != name
 
 
 def check(name: str) -> None:

@@ -1,7 +1,8 @@
-"""OPP, ONP and OPNP, and OPNP with ReAct's clipping, as a mask search chose them.
+"""OPP, ONP, OPNP, OPNP with ReAct's clipping, and clipping alone, as a mask search chose them.
 
-Each is the energy of a pruned head. What to prune, where to clip the features and the temperature
-are the search's choice, so that there is nothing left to tune.
+Each is the energy of a head, which is pruned unless features are clipped alone. What to prune,
+where to clip the features and the temperature are the search's choice, so that there is nothing
+left to tune.
 """
 
 import copy

@@ -1,9 +1,10 @@
 """Tuning of detectors: all by the same rule, on the same samples, alone or on a pruned model.
 
 A detector tries combinations of its hyperparameters. The combination with the lowest mean FPR95
-over the outlier sets wins; AUROC breaks ties. ``opnp+X`` is the detector X on a pruned model, where
-the sensitivity is that of the features which X passes to the head. As in the mask search, the mask
-that prunes least wins among those within noise of the best.
+over the outlier sets wins; AUROC breaks ties. ``opnp+X`` is the detector X on a pruned model: with
+the values that X has won with, it tries masks of the sensitivity of the features which X passes to
+the head. As in the mask search, the mask that prunes least wins among those within noise of the
+best, and where that is none, ``opnp+X`` is X.
 """
 
 import random
@@ -51,7 +52,8 @@ class Tuned:
             sensitivity.
         fpr95: mean over the outlier sets, in percent; the lowest wins.
         auroc: mean over the outlier sets, in percent; breaks ties.
-        trials: number of combinations tried; for a choice of the mask search, candidates.
+        trials: number of combinations tried, those of X for ``opnp+X`` included; for a choice of
+            the mask search, candidates.
     """
 
     detector: Detector
@@ -99,14 +101,14 @@ def tune(
     budget: int,
     seed: int,
     candidates: Sequence[Candidate] = (),
+    start: Tuned | None = None,
 ) -> Tuned:
     """Choose a detector's hyperparameters, and for ``opnp+X`` a mask, and fit it with them.
 
     X tries its default values and further combinations of its ``hyperparameter_space``, which
-    ``seed`` draws, until the budget is spent. ``opnp+X`` spends half the budget this way, and the
-    rest on masks with the best values of X. It may prune nothing, so that on the outlier sets it is
-    never worse than X with these values by more than noise. Combinations that cannot run are
-    skipped.
+    ``seed`` draws, until the budget is spent. ``opnp+X`` tries X in the same way, and then as many
+    masks with the best values of X. It may prune nothing, so that on the outlier sets it is never
+    worse than X by more than noise. Combinations that cannot run are skipped.
 
     Args:
         name: a key of `opnp.detectors.names.DETECTORS` or ``module:factory``, alone or after
@@ -116,9 +118,10 @@ def tune(
         validation: ID validation samples.
         outliers: samples of each outlier set. A detector of images holds the images of all sets in
             memory.
-        budget: the largest number of combinations to try.
+        budget: the largest number of combinations to try, and for ``opnp+X`` of masks.
         seed: of the draws.
-        candidates: what ``opnp+X`` may prune.
+        candidates: what ``opnp+X`` may prune, in the order in which it is tried.
+        start: X, tuned on the same samples, if ``opnp+X`` need not tune it again.
 
     Raises:
         InputError: there is no such detector or no outlier set, or the budget is not positive.
@@ -134,11 +137,15 @@ def tune(
     )
     tuning = Tuning(partial(base.make, key), model, train, validation, others, seed)
 
-    defaults, space = default.get_hyperparameters(), default.hyperparameter_space
-    settings = [dict(zip(space, values, strict=True)) for values in product(*space.values())]
-    settings = [defaults, *(values for values in settings if values != defaults)]
-    for values in drawn(settings, max(1, budget // 2) if combined else budget, seed):
-        tuning.enter(values, Candidate().record() if combined else {})
+    nothing = Candidate().record() if combined else {}
+    if start is not None:
+        tuning.take(replace(start, hyperparameters=start.hyperparameters | nothing))
+    else:
+        defaults, space = default.get_hyperparameters(), default.hyperparameter_space
+        settings = [dict(zip(space, values, strict=True)) for values in product(*space.values())]
+        settings = [defaults, *(values for values in settings if values != defaults)]
+        for values in drawn(settings, budget, seed):
+            tuning.enter(values, nothing)
     if combined:
         prune(tuning, candidates, budget)
     trials = default.trials if isinstance(default, SearchedMask) else tuning.trials
@@ -146,7 +153,7 @@ def tune(
 
 
 def prune(tuning: "Tuning", candidates: Sequence[Candidate], budget: int) -> None:
-    """Try masks with the best values so far, until the budget is spent."""
+    """Try as many masks as the budget allows, with the best values so far."""
     best, model, start = tuning.winner(), tuning.model, time.perf_counter()
     seen = base.features_seen(best.detector, model, tuning.train)
     sums = SensitivitySums.of(seen, model.head.weight, bias_of(model.head), model.temperature)
@@ -154,8 +161,7 @@ def prune(tuning: "Tuning", candidates: Sequence[Candidate], budget: int) -> Non
     seconds = best.fit_seconds + time.perf_counter() - start
     values = best.detector.get_hyperparameters()
     pruning = [each for each in candidates if any((*each.weights, *each.neurons))]
-    # The first candidate, which prunes nothing, has been tried: it is the best so far.
-    for each in drawn([Candidate(), *pruning], 1 + budget - tuning.trials, tuning.seed)[1:]:
+    for each in pruning[:budget]:  # to prune nothing has been tried: it is the best so far
         tuning.enter(values, each.record(), each.mask(sensitivity), seconds)
 
 
@@ -180,6 +186,15 @@ class Tuning:
         self.trials = 0
         self.entries: list[tuple[Tuned, Tensor, Tensor]] = []
         self.reason: UnavailableError | None = None
+
+    def take(self, tuned: Tuned) -> None:
+        """Enter the best of trials that were made elsewhere on the same samples.
+
+        Raises:
+            UnavailableError: it cannot score these samples.
+        """
+        self.trials += tuned.trials
+        self.entries.append(self.scored(tuned))
 
     def enter(
         self,
@@ -218,7 +233,10 @@ class Tuning:
         seconds += time.perf_counter() - start
         # Asked after the fit, because ViM then lowers its dimension to what the features allow.
         chosen = {name: plain(value) for name, value in detector.get_hyperparameters().items()}
-        entry = Tuned(detector, model, mask, chosen | pruned, seconds)
+        return self.scored(Tuned(detector, model, mask, chosen | pruned, seconds))
+
+    def scored(self, entry: Tuned) -> tuple[Tuned, Tensor, Tensor]:
+        """A fitted detector with its figures, and its scores of the ID samples and outliers."""
         inside = entry.score(self.validation)
         outside = torch.cat([entry.score(samples) for samples in self.outliers])
         fpr95, auroc = fpr95_auroc(inside, outside, self.sizes)

@@ -4,7 +4,7 @@ A column of the comparison is one OOD set, the mean over the ``near`` or the ``f
 ``mean`` over all sets.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 __all__ = ["columns", "lower_is_better", "ranked", "ranks", "with_means"]
 
@@ -57,7 +57,10 @@ def with_means(by_set: Metrics, kinds: Mapping[str, str]) -> dict[str, dict[str,
 
 
 def ranks(
-    detectors: Mapping[str, Metrics], sets: Sequence[str], metric: str = "fpr95"
+    detectors: Mapping[str, Metrics],
+    sets: Sequence[str],
+    metric: str = "fpr95",
+    same: Mapping[str, str] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Rank the detectors on each OOD set, 1 for the best.
 
@@ -67,6 +70,7 @@ def ranks(
         detectors: the metrics of each detector.
         sets: the OOD sets.
         metric: the metric to rank by.
+        same: detectors that are another one by a second name: they take its ranks, and count once.
 
     Returns:
         For each detector, its rank on each set and the ``mean`` of these ranks.
@@ -74,22 +78,30 @@ def ranks(
     from scipy.stats import rankdata  # here, because the import takes a second or two
 
     sign = 1 if lower_is_better(metric) else -1
+    same = same or {}
+    apart = [name for name in detectors if name not in same]
     # Rounding keeps ties that only the order of a sum would break.
-    values = [[round(sign * by[name][metric], 9) for name in sets] for by in detectors.values()]
+    values = [[round(sign * detectors[name][s][metric], 9) for s in sets] for name in apart]
     places = rankdata(values, axis=0).tolist()
-    return {
+    found = {
         name: {**dict(zip(sets, row, strict=True)), "mean": sum(row) / len(row)}
-        for name, row in zip(detectors, places, strict=True)
+        for name, row in zip(apart, places, strict=True)
     }
+    return {name: found[same.get(name, name)] for name in detectors}
 
 
 def ranked(
     detectors: Mapping[str, Metrics],
     places: Mapping[str, Mapping[str, float]],
     metric: str = "fpr95",
+    same: Collection[str] = (),
 ) -> list[str]:
-    """Sort the detectors by mean rank, best first; the metric's mean breaks ties."""
+    """Sort the detectors by mean rank, best first; the metric's mean breaks ties.
+
+    Those in ``same``, which are another one by a second name, are left out.
+    """
     sign = 1 if lower_is_better(metric) else -1
     return sorted(
-        detectors, key=lambda name: (places[name]["mean"], sign * detectors[name]["mean"][metric])
+        (name for name in detectors if name not in same),
+        key=lambda name: (places[name]["mean"], sign * detectors[name]["mean"][metric]),
     )

@@ -168,9 +168,10 @@ def detector_records(run: Run) -> dict[str, Any]:
         ranks = {f"{column}/rank": rank for column, rank in evaluation["ranks"][name].items()}
         took = {units[what]: value for what, value in times.get(name, {}).items() if what in units}
         pruned = {"pruned": evaluation["pruned"][name]} if name in evaluation["pruned"] else {}
+        same = {"same": evaluation["same"][name]} if name in evaluation["same"] else {}
         records[name] = {
             "parameters": flattened(evaluation["hyperparameters"][name])
-            | {"detector": name, **about},
+            | {"detector": name, **about, **same},
             "metrics": flattened(by_column)
             | ranks
             | {"trials": evaluation["trials"][name]}
@@ -188,8 +189,8 @@ def detector_records(run: Run) -> dict[str, Any]:
 
 
 def key_of(detector: str) -> str:
-    """A detector's name within the names of metrics, where MLflow allows no plus sign."""
-    return detector.replace("+", "-")
+    """A detector's name within the names of metrics, where MLflow allows neither + nor &."""
+    return detector.replace("+", "-").replace("&", "_and_")
 
 
 def git_tags(folder: Path) -> dict[str, str]:

@@ -211,17 +211,21 @@ class Evaluate(Settings):
 
     detectors: Annotated[Several[str], Field(min_length=1)] = Field(
         default=(
-            *("energy", "opp", "onp", "opnp", "opnp+react", "opnp+gen", "opnp+ash", "opnp+scale"),
-            *("opnp+knn", "opnp+vim", "opnp+gmm", "opnp+mahalanobis", "opnp+odin", "msp"),
-            *("maxlogit", "gen", "klmatching", "react", "dice", "ash", "scale", "vra", "she"),
-            *("knn", "mahalanobis", "rmd", "vim", "gmm", "fdbd", "nci", "nnguide", "lts"),
-            *("openmax", "nero", "odin", "gradnorm", "rankfeat", "nac"),
+            *("energy", "clip", "opp", "onp", "opnp", "opnp+react", "opnp+gen", "opnp+ash"),
+            *("opnp+scale", "opnp+knn", "opnp+vim", "opnp+gmm", "opnp+mahalanobis", "opnp+odin"),
+            *("opnp&vim", "opnp&mahalanobis++", "energy&vim", "msp", "maxlogit", "gen"),
+            *("klmatching", "react", "dice", "ash", "scale", "vra", "she", "knn", "mahalanobis"),
+            *("rmd", "vim", "gmm", "fdbd", "nci", "nnguide", "lts", "openmax", "nero", "odin"),
+            *("gradnorm", "rankfeat", "nac", "mahalanobis++", "rmd++", "cadref", "core", "itp"),
+            *("kpca", "line", "optfs", "ras"),
         ),
-        description="Detectors to compare; opnp+NAME is the detector NAME on the pruned model.",
+        description="Detectors to compare; opnp+NAME is the detector NAME on the pruned model, "
+        "NAME&NAME the fusion of two.",
     )
     budget: Positive = Field(
         default=8,
-        description="Largest number of combinations of hyperparameters each detector may try.",
+        description="Largest number of combinations of hyperparameters that each detector may try, "
+        "and of masks with the best of them in opnp+NAME; the mask search has a grid of its own.",
     )
     tuning_samples: Positive = Field(
         default=100,

@@ -23,6 +23,7 @@ class DetectorRun:
         data: source of the run's ID data.
         seed: seed of the run.
         metrics: in percent, keyed ``COLUMN/METRIC``.
+        same: the detector that it is, since it might have pruned but did not.
     """
 
     run: str
@@ -32,6 +33,7 @@ class DetectorRun:
     data: str
     seed: int
     metrics: dict[str, float]
+    same: str | None = None
 
 
 def detector_runs(workspace: Workspace, experiment: str) -> list[DetectorRun]:
@@ -73,6 +75,7 @@ def detector_runs(workspace: Workspace, experiment: str) -> list[DetectorRun]:
             run.data.params["data"],
             int(run.data.params["seed"]),
             run.data.metrics,
+            run.data.params.get("same"),
         )
         for run in known
         if run.data.tags.get(PARENT) in whole and "detector" in run.data.tags

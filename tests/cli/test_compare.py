@@ -65,6 +65,7 @@ def test_rows_are_backbones_and_seeds_are_averaged(compare: Compare) -> None:
         "| resnet | digits | 2 | **25.0** | 45.0 | 28.0 (1 of 2) |",
         "| vit | FashionMNIST | 1 | 15.0 | **10.0** | – |",
         "| mean |  |  | **20.0** | 27.5 | – |",
+        "| trials |  |  | 4 | 4 | 4 |",
     ]
 
 
@@ -91,6 +92,26 @@ def test_what_might_prune_but_did_not_is_marked(
     assert "= nothing pruned: the detector" in compare()
 
 
+def test_what_is_another_detector_is_named_instead_of_a_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compare: Compare
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fpr95, same = {"gen": 30.0, "opnp+gen": 30.0, "opnp": 30.0}, {"opnp+gen": "gen"}
+    for seed in (0, 1):
+        records.record_run(write_run(fpr95, chosen(seed=seed), pruned=0.0, same=same), {})
+    other = chosen("vit", seed=0)
+    records.record_run(write_run(fpr95, other, pruned=0.0, same=same), {})
+    records.record_run(write_run(fpr95, chosen("vit", seed=1), pruned=2.5), {})
+    lines = compare("--markdown", "--detectors", "gen,opnp+gen,opnp").splitlines()
+    assert lines[4:6] == [
+        "| resnet | digits | 2 | **30.0** | = gen | **30.0=** |",
+        "| vit | digits | 2 | **30.0** | **30.0** | **30.0** |",  # which prunes for one seed
+    ]
+    assert lines[-1] == "= nothing pruned: the detector scores the unpruned model."
+    rows = json.loads(compare("--json"))["rows"]
+    assert [row["same"] for row in rows] == [{"opnp+gen": "gen"}, {}]
+
+
 def test_runs_beyond_mlflows_page_are_read(
     compare: Compare, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,15 +136,18 @@ def test_another_metric_on_a_set_of_some_detectors(compare: Compare) -> None:
                 "data": "digits",
                 "seeds": [0, 1],
                 "values": {"energy": 55.0, "opnp": 75.0},
+                "same": {},
             },
             {
                 "backbone": "vit",
                 "data": "torchvision:FashionMNIST",
                 "seeds": [0],
                 "values": {"energy": 90.0, "opnp": 85.0},
+                "same": {},
             },
         ],
         "mean": {"energy": 72.5, "opnp": 80.0},
+        "trials": {"energy": "4", "opnp": "4"},
     }
 
 
@@ -134,6 +158,7 @@ def test_data_by_name_or_source(compare: Compare, data: str) -> None:
     assert lines[4:] == [
         "| vit | FashionMNIST | 1 | **1.0** | 2.0 |",
         "| mean |  |  | **1.0** | 2.0 |",
+        "| trials |  |  | 4 | 4 |",
     ]
 
 

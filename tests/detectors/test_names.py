@@ -9,7 +9,16 @@ import pytest
 from pytorch_ood.api import Detector, LogitsDetector
 
 from opnp.detectors.base import make, takes_images
-from opnp.detectors.names import DETECTORS, alone, check, detector_name, label, maker, ours
+from opnp.detectors.names import (
+    DETECTORS,
+    alone,
+    check,
+    detector_name,
+    label,
+    maker,
+    ours,
+    unpruned,
+)
 from opnp.detectors.searched import SearchedMask
 from opnp.errors import InputError, UnavailableError
 from opnp.pruning.methods import METHODS
@@ -67,6 +76,7 @@ def test_importing_the_list_costs_nothing() -> None:
         ("opnp+vim", "OPNP+ViM", True, "vim"),
         ("opnp+react", "OPNP+ReAct", True, "opnp+react"),
         ("onp", "ONP", True, "onp"),
+        ("clip", "Clip", False, "clip"),
         ("vim", "ViM", False, "vim"),
         ("mine", "mine", False, "mine"),
         ("mine:distance", "mine:distance", False, "mine:distance"),
@@ -83,6 +93,24 @@ def test_what_might_prune_but_did_not_says_so() -> None:
     assert label("opnp+vim", 0.0) == "OPNP+ViM (nothing pruned)"
     assert label("opnp+vim", 0.01) == "OPNP+ViM"
     assert label("vim", None) == "ViM"
+    assert label("opnp+vim", 0.0, "vim") == "OPNP+ViM = ViM"
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("opnp+vim", "vim"),
+        ("opnp+react", "clip"),
+        ("opp", "energy"),
+        ("opnp&vim", "energy&vim"),
+        ("opnp+mine:distance&knn", "mine:distance&knn"),
+        ("clip", "clip"),
+        ("vim&knn", "vim&knn"),
+    ],
+)
+def test_what_is_left_where_nothing_is_pruned(name: str, other: str) -> None:
+    assert unpruned(name) == other
+    assert ours(name) == (name != other)
 
 
 @pytest.mark.parametrize("name", ["energy", "opnp", "opnp+energy", "opnp+react"])

@@ -107,7 +107,7 @@ COMBINABLE = [
 def test_every_detector_can_be_tuned_alone_and_combined(name: str) -> None:
     before = state(MODEL.whole())
     found = tuned(f"opnp+{name}", budget=3, candidates=CANDIDATES)
-    assert found.trials <= 3
+    assert found.trials <= 6
     assert found.score(OUTSIDE).isfinite().all()
     assert state(MODEL.whole()) == before
     assert hooks(MODEL.whole()) == 0
@@ -164,8 +164,8 @@ def test_the_draw_depends_on_the_seed_alone(recorder: type[Recorder]) -> None:
     assert draws[0] == draws[1] != draws[2]
 
 
-@pytest.mark.parametrize(("budget", "alone", "masks"), [(1, 1, 0), (2, 1, 1), (5, 2, 3), (8, 4, 4)])
-def test_a_combination_spends_half_its_budget_on_the_detector(
+@pytest.mark.parametrize(("budget", "alone", "masks"), [(1, 1, 1), (2, 2, 2), (5, 5, 4)])
+def test_a_combination_tries_the_detector_and_then_as_many_masks(
     recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch, budget: int, alone: int, masks: int
 ) -> None:
     used: list[PruningMask] = []
@@ -179,7 +179,30 @@ def test_a_combination_spends_half_its_budget_on_the_detector(
     found = tuned("opnp+recorder", budget, candidates=CANDIDATES)
     assert len(recorder.tried) == alone
     assert len(used) == masks
-    assert found.trials == alone + masks <= budget
+    assert found.trials == alone + masks
+    # Where the detector was tuned before, only the masks are tried.
+    start = tuned("recorder", budget)
+    recorder.tried.clear()
+    used.clear()
+    again = tuned("opnp+recorder", budget, candidates=CANDIDATES, start=start)
+    assert recorder.tried == [(start.hyperparameters["a"], start.hyperparameters["b"])]
+    assert len(used) == masks
+    assert (again.hyperparameters, again.trials) == (found.hyperparameters, found.trials)
+
+
+def test_masks_are_tried_in_the_order_of_the_candidates(
+    recorder: type[Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[Candidate] = []
+    mask = Candidate.mask
+
+    def remembered(candidate: Candidate, sensitivity: Any) -> PruningMask:
+        tried.append(candidate)
+        return mask(candidate, sensitivity)
+
+    monkeypatch.setattr(Candidate, "mask", remembered)
+    tuned("opnp+recorder", 2, seed=3, candidates=CANDIDATES)
+    assert tried == CANDIDATES[1:3]
 
 
 def test_combinations_that_cannot_run_are_skipped(
@@ -211,7 +234,7 @@ PERCENTAGES = ("weights_low", "weights_high", "neurons_low", "neurons_high", "ne
 
 @pytest.mark.parametrize("name", COMPOSED)
 def test_with_nothing_to_prune_a_combination_is_the_detector(name: str) -> None:
-    alone, found = tuned(name, 3), tuned(f"opnp+{name}", 6, candidates=[Candidate()])
+    alone, found = tuned(name, 3), tuned(f"opnp+{name}", 3, candidates=[Candidate()])
     assert found.hyperparameters == alone.hyperparameters | dict(
         zip(PERCENTAGES, (0.0, 0.0, 0.0, 0.0, "mean"), strict=True)
     )
@@ -227,7 +250,7 @@ def test_with_nothing_to_prune_a_combination_is_the_detector(name: str) -> None:
 @pytest.mark.parametrize("name", COMPOSED)
 def test_a_combination_is_never_worse_on_the_outliers_it_is_chosen_on(name: str) -> None:
     alone = tuned(name, 4)
-    found = tuned(f"opnp+{name}", 8, candidates=CANDIDATES)
+    found = tuned(f"opnp+{name}", 4, candidates=CANDIDATES)
     assert (found.fpr95, -found.auroc) <= (alone.fpr95, -alone.auroc)
 
 
@@ -259,7 +282,7 @@ def masks_win(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", [name for name in COMPOSED if name != "odin"])
 def test_a_combination_is_the_detector_on_the_pruned_model(name: str) -> None:
     candidate = CANDIDATES[3]
-    found = tuned(f"opnp+{name}", 2, candidates=CANDIDATES[3:4])
+    found = tuned(f"opnp+{name}", 1, candidates=CANDIDATES[3:4])
     values = {k: v for k, v in found.hyperparameters.items() if k not in PERCENTAGES}
     assert values == make(name, MODEL).get_hyperparameters()
     assert {k: found.hyperparameters[k] for k in PERCENTAGES} == {
@@ -277,7 +300,7 @@ def test_a_combination_is_the_detector_on_the_pruned_model(name: str) -> None:
 
 @pytest.mark.usefixtures("masks_win")
 def test_odin_moves_images_by_the_gradient_of_the_pruned_classifier() -> None:
-    found = tuned("opnp+odin", 2, candidates=CANDIDATES[2:3])
+    found = tuned("opnp+odin", 1, candidates=CANDIDATES[2:3])
     whole = MODEL.whole()
     odin = ODIN(whole, norm_std=[0.5])
     seen = features_seen(odin, MODEL, TRAIN)

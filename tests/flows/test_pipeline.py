@@ -138,6 +138,7 @@ def test_what_the_search_chose_is_among_its_trials_and_in_its_masks(workspace: P
         figures = [trial[f"fpr95/{family}"] for family in chosen.search.proxies]
         assert trial["fpr95"] == pytest.approx(np.mean(figures))
     restrictions: dict[str, Callable[[Any], bool]] = {
+        "clip": lambda t: not t["pruned"],
         "opp": lambda t: t["clip"] is None and not t["neurons_low"] + t["neurons_high"],
         "onp": lambda t: t["clip"] is None and not t["weights_low"] + t["weights_high"],
         "opnp": lambda t: t["clip"] is None,
@@ -195,7 +196,8 @@ def test_metrics_and_intervals_hold_every_detector_set_and_metric(finished: Path
             for metric in METRICS:
                 mean = np.mean([by_set[part][metric] for part in parts])
                 assert by_set[column][metric] == pytest.approx(mean)
-    assert set(metrics["id"]) == {"unpruned", "opp", "onp", "opnp", "opnp+react"}
+    assert set(metrics["id"]) == {"unpruned", "clip", "opp", "onp", "opnp", "opnp+react"}
+    assert metrics["trials"] == read(finished / HERE.evaluation)["trials"]
     drop = metrics["id"]["unpruned"]["accuracy"] - metrics["id"]["opnp"]["accuracy"]
     assert drop < 3
 
@@ -208,17 +210,22 @@ def test_evaluation_says_what_was_tried_and_what_hindsight_would_give(finished: 
         assert list(evaluation[key]) == list(detectors)
     assert evaluation["unavailable"] == {}
     for name, trials in evaluation["trials"].items():
-        searched = name in ("opp", "onp", "opnp", "opnp+react")
-        assert trials == found["candidates"] if searched else 1 <= trials <= 4
+        if name == "opnp+react":
+            assert trials == found["candidates"]
+        elif name in ("opp", "onp", "opnp"):
+            assert 4 < trials < found["candidates"]
+        else:
+            assert 1 <= trials <= (8 if name.startswith("opnp+") else 4)
     assert {s: (entry["kind"], entry["count"]) for s, entry in evaluation["sets"].items()} == {
         "held-out-digits": ("near", 400),
         "letters": ("far", 400),
         "photo-patches": ("far", 400),
         "noise": ("far", 400),
     }
-    count = len(detectors)
+    apart = [name for name in detectors if name not in evaluation["same"]]
+    count = len(apart)
     for column in [*evaluation["sets"], "mean"]:
-        ranks = [of[column] for of in evaluation["ranks"].values()]
+        ranks = [evaluation["ranks"][name][column] for name in apart]
         assert sum(ranks) == pytest.approx(count * (count + 1) / 2)  # ties share their places
     oracle = evaluation["oracle"]
     assert set(oracle) == {"opnp", "opnp+react"}
@@ -255,7 +262,12 @@ def test_comparison_holds_every_detector_and_column(finished: Path) -> None:
         assert hyperparameters == evaluation["hyperparameters"][row["detector"]]
     text = (finished / HERE.comparison_text).read_text()
     listed = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines()[4:]]
-    assert listed[: len(order)] == [label(name, evaluation["pruned"].get(name)) for name in order]
+    apart = [name for name in order if name not in evaluation["same"]]
+    assert listed[: len(apart)] == [label(name, evaluation["pruned"].get(name)) for name in apart]
+    for name, other in evaluation["same"].items():
+        assert label(name, 0.0, other) in text
+        for column in metrics[name]:
+            assert metrics[name][column] == metrics[other][column]
 
 
 def test_splits_are_disjoint(finished: Path) -> None:
@@ -740,13 +752,15 @@ def test_every_detector_of_the_parameters_is_compared(workspace: Path) -> None:
     assert evaluation["unavailable"] == {}
     assert list(metrics["detectors"]) == everything
     assert read(HERE.metrics) == metrics
-    searched = {"opp", "onp", "opnp", "opnp+react"}
+    searched = {"clip", "opp", "onp", "opnp", "opnp+react"}
     for name in everything:
-        assert evaluation["trials"][name] <= 2 or name in searched
+        if not searched & {*name.split("&")}:
+            assert evaluation["trials"][name] <= 4
         assert {"tune", "fit", "score"} == set(read(HERE.times)[name])
-        masked = name.startswith("opnp+") or name in searched
-        pruned = {"weights_low", "neurons_high", "neuron_sensitivity"}
-        assert masked == (pruned <= set(evaluation["hyperparameters"][name]))
+        if "&" not in name:
+            masked = name.startswith("opnp+") or name in searched
+            pruned = {"weights_low", "neurons_high", "neuron_sensitivity"}
+            assert masked == (pruned <= set(evaluation["hyperparameters"][name]))
     rows = pq.read_table(HERE.comparison).to_pylist()
     assert {row["detector"] for row in rows} == set(everything)
     scores = pq.read_table(HERE.scores)
@@ -754,9 +768,10 @@ def test_every_detector_of_the_parameters_is_compared(workspace: Path) -> None:
     assert all(np.isfinite(scores[name].to_numpy()).all() for name in everything)
     text, page = HERE.comparison_text.read_text(), HERE.report.read_text()
     for name in everything:
-        shown = label(name, evaluation["pruned"].get(name))
-        assert f"\n| {shown} |" in text
-        assert shown in page
+        other = evaluation["same"].get(name)
+        shown = label(name, evaluation["pruned"].get(name), other)
+        assert (f"\n| {shown} |" if other is None else shown) in text
+        assert shown.replace("&", "&amp;") in page
     records.record_run(Run(HERE, chosen), {})
     children = mlflow_runs(mlflow_runs()[0].info.run_id)
     assert {run.data.tags["detector"] for run in children} == set(everything)

@@ -35,6 +35,7 @@ def comparison() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         "hyperparameters": {"energy": {}, "opnp+gen": {"gamma": 0.1}, "nac": {"k": [1, 2]}},
         "trials": {"energy": 0, "opnp+gen": 4, "nac": 2},
         "pruned": {"opnp+gen": 12.5},
+        "same": {},
         "sets": {name: {"kind": kind, "count": 5} for name, kind in KINDS.items()},
         "ranks": ranking.ranks(detectors, list(KINDS)),
         "unavailable": {"odin": "needs the\nwhole network"},
@@ -84,6 +85,14 @@ def test_equal_ranks_are_parted_by_the_mean() -> None:
     assert ranking.ranked(detectors, places) == ["y", "x"]
 
 
+def test_a_second_name_of_a_detector_is_not_ranked_apart() -> None:
+    detectors, _, _ = comparison()
+    both = {"opnp+nac": detectors["nac"], **detectors}
+    found = ranking.ranks(both, list(KINDS), same={"opnp+nac": "nac"})
+    assert found == ranking.ranks(detectors, list(KINDS)) | {"opnp+nac": found["nac"]}
+    assert ranking.ranked(both, found, same={"opnp+nac"}) == ["opnp+gen", "energy", "nac"]
+
+
 def test_long_table_has_a_row_for_each_detector_and_column() -> None:
     rows = tables.long_table(*comparison()).to_pylist()
     assert [row["detector"] for row in rows[::6]] == ["opnp+gen", "energy", "nac"]
@@ -104,12 +113,13 @@ def test_markdown_is_a_table_with_what_could_not_run_below() -> None:
     lines = tables.to_markdown(*comparison()).splitlines()
     assert lines[2:7] == [
         "| detector | a (near) | **near** | b (far) | c (far) | **far** | **mean** | mean AUROC | "
-        "mean rank |",
-        "| --- | --: | --: | --: | --: | --: | --: | --: | --: |",
+        "mean rank | trials |",
+        "| --- | --: | --: | --: | --: | --: | --: | --: | --: | --: |",
         "| OPNP+GEN | **30.0** | **30.0** | **10.0** | **10.0** | **10.0** | **16.7** (15.7–17.7) "
-        "| **83.3** | **1.5** |",
-        "| Energy | **30.0** | **30.0** | 20.0 | **10.0** | 15.0 | 20.0 (19.0–21.0) | 80.0 | 1.8 |",
-        "| NAC | 50.0 | 50.0 | 30.0 | **10.0** | 20.0 | 30.0 (29.0–31.0) | 70.0 | 2.7 |",
+        "| **83.3** | **1.5** | 4 |",
+        "| Energy | **30.0** | **30.0** | 20.0 | **10.0** | 15.0 | 20.0 (19.0–21.0) | 80.0 | 1.8 "
+        "| 0 |",
+        "| NAC | 50.0 | 50.0 | 30.0 | **10.0** | 20.0 | 30.0 (29.0–31.0) | 70.0 | 2.7 | 2 |",
     ]
     assert lines[7:] == ["", "Not compared:", "", "- ODIN: needs the whole network"]
 
@@ -121,6 +131,15 @@ def test_markdown_marks_what_might_prune_but_did_not() -> None:
     assert "\n| NAC | 50.0 |" in text
     assert "\n“Nothing pruned”: no mask did better" in text
     assert "othing pruned" not in tables.to_markdown(metrics, intervals, evaluation)
+
+
+def test_markdown_names_what_is_another_detector_below_the_table() -> None:
+    metrics, intervals, evaluation = comparison()
+    same = {"pruned": {"opnp+gen": 0.0}, "same": {"opnp+gen": "energy"}}
+    text = tables.to_markdown(metrics, intervals, evaluation | same)
+    assert "\n| OPNP+GEN" not in text
+    assert "othing pruned" not in text
+    assert text.count("so that these are another detector: OPNP+GEN = Energy.") == 1
 
 
 def test_markdown_says_nothing_where_all_could_run() -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import chdir, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ def write_run(
     of: Parameters | None = None,
     kinds: dict[str, str] = KINDS,
     pruned: float = 12.5,
+    same: Mapping[str, str] | None = None,
 ) -> Run:
     """Write the files of a run in the current folder.
 
@@ -63,7 +64,9 @@ def write_run(
         of: parameters of the run, but for its detectors.
         kinds: of the OOD sets.
         pruned: percent of the weights that detectors of ours prune.
+        same: detectors that are another one, since they prune nothing.
     """
+    same = same or {}
     of = of or chosen()
     compared = of.evaluate.model_copy(update={"detectors": [*fpr95, "odin"]})
     run = Run(HERE, of.model_copy(update={"evaluate": compared}))
@@ -115,6 +118,7 @@ def write_run(
             "trials": dict.fromkeys(detectors, 4),
             "ranks": ranking.ranks(detectors, list(kinds)),
             "pruned": {name: pruned for name in detectors if ours(name)},
+            "same": {name: of for name, of in same.items() if name in detectors},
             "unavailable": {"odin": "It needs gradients of the input."},
             "oracle": {},
             "sets": {name: {"kind": kind, "count": 5} for name, kind in kinds.items()},

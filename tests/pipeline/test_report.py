@@ -177,6 +177,7 @@ def write_pruning(backbone: str, rng: torch.Generator) -> None:
     write_parquet(HERE.trials, pa.Table.from_pylist(trials))
     noise = {"interval": {"low": 31.25, "high": 44.75}, "within_noise": 17, "instability": 0.625}
     chosen = {
+        "clip": (0, 0, 0, 0, "mean", 90.0),
         "opp": (10, 0, 0, 0, "mean", None),
         "onp": (0, 0, 20, 0, "taylor", None),
         "opnp": (10, 5, 20, 10, "taylor", None),
@@ -242,6 +243,7 @@ def write_evaluation(head: torch.nn.Linear, rng: torch.Generator) -> None:
             },
             "trials": dict.fromkeys(scores, 8),
             "pruned": {"opp": 10.0, "opnp": 40.0, "opnp+gen": 40.0},
+            "same": {},
             "sets": {name: {"kind": kind, "count": 50} for name, kind in KINDS.items()},
             "id_test_samples": 80,
             "ranks": ranking.ranks(table, list(KINDS)),
@@ -346,6 +348,20 @@ def test_what_might_prune_but_did_not_is_not_shown_as_ours(page: str) -> None:
     assert "opnp+gen" not in styles
 
 
+@pytest.mark.usefixtures("run")
+def test_what_is_another_detector_since_it_prunes_nothing_has_no_row_of_its_own() -> None:
+    evaluation = read_json(HERE.evaluation)
+    evaluation["pruned"] |= {"opnp+gen": 0.0}
+    write_json(HERE.evaluation, evaluation | {"same": {"opnp+gen": "vim"}})
+    changed = drawn(parameters(MORE))
+    for table in ("FPR95 in percent", "AUROC in percent", "Means over the OOD sets"):
+        assert not [name for name in rows_of(changed, table) if "GEN" in name]
+    assert "so that these are another detector: <strong>OPNP+GEN = ViM</strong>." in changed
+    assert f"Of {len(MORE) - 2} detectors" in changed  # MORE names one that could not run
+    assert "<td>8</td>" in changed.partition('<th scope="row">OPNP+GEN = ViM</th>')[2][:40]
+    assert "Nothing pruned" not in changed
+
+
 def test_what_could_not_run_is_named_with_its_reason(page: str) -> None:
     assert "<strong>ODIN</strong>: It needs gradients &lt;of the input&gt;." in page
     assert '<th scope="row">ODIN</th>' not in page
@@ -371,7 +387,7 @@ def test_no_report_depends_on_times(content: str) -> None:
 
 def test_the_search_shows_what_it_chose_and_how_certainly(page: str) -> None:
     rows = rows_of(page.replace("\N{NO-BREAK SPACE}", " "), "What was chosen for each method")
-    assert list(rows) == ["OPP", "ONP", "OPNP", "OPNP+ReAct"]
+    assert list(rows) == ["Clip", "OPP", "ONP", "OPNP", "OPNP+ReAct"]
     plain = {n: [re.sub("<.*?>", "", cell) for cell in cells] for n, cells in rows.items()}
     assert plain["OPP"][-1] == "the lowest 10 % of weights"
     assert plain["OPNP"][:2] == ["–", "1"]

@@ -79,6 +79,7 @@ class Evaluation:
         hyperparameters: the choice of each detector.
         trials: how many combinations of hyperparameters each detector tried.
         pruned: percent of the head's weights that a detector prunes, of those that may prune.
+        same: the detectors that are another one, since they prune nothing, and which.
         ranks: of each detector by column.
         unavailable: why each of the other detectors could not run.
         oracle: what a mask chosen on the test sets themselves would reach, by method.
@@ -96,6 +97,7 @@ class Evaluation:
     hyperparameters: dict[str, dict[str, Any]]
     trials: dict[str, int]
     pruned: dict[str, float]
+    same: dict[str, str]
     ranks: dict[str, dict[str, float]]
     unavailable: dict[str, str]
     oracle: dict[str, dict[str, Any]]
@@ -123,6 +125,7 @@ class Evaluation:
             hyperparameters=record["hyperparameters"],
             trials=record["trials"],
             pruned=record["pruned"],
+            same=record["same"],
             ranks=record["ranks"],
             unavailable=record["unavailable"],
             oracle=record["oracle"],
@@ -134,8 +137,8 @@ class Evaluation:
         )
 
     def name(self, detector: str) -> str:
-        """The printed name of a detector, marked if it might have pruned but did not."""
-        return label(detector, self.pruned.get(detector))
+        """The printed name of a detector; one that might have pruned but did not says so."""
+        return label(detector, self.pruned.get(detector), self.same.get(detector))
 
     def prunes(self, detector: str) -> bool:
         """Whether a detector is of our kind and prunes anything."""

@@ -58,6 +58,7 @@ def render(run: Run) -> str:
             backbone=backbone,
             pruning=pruning,
             evaluation=evaluation,
+            unmoved=any(p == 0 for n, p in evaluation.pruned.items() if n not in evaluation.same),
             outcome=outcome(pruning, evaluation),
             comparisons={metric: comparison(evaluation, metric) for metric in ("fpr95", "auroc")},
             best={metric: best(evaluation, metric) for metric in METRICS},

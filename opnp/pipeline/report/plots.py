@@ -144,7 +144,7 @@ def roc_styles(evaluation: Evaluation) -> dict[str, tuple[str, str]]:
     These are Energy, OPP, ONP, OPNP, and by mean rank the best of OPNP's combinations that prune
     and of the other detectors.
     """
-    order = ranking.ranked(evaluation.table, evaluation.ranks)
+    order = ranking.ranked(evaluation.table, evaluation.ranks, same=evaluation.same)
     rest = [name for name in order if name not in STYLES]
     others = [name for name in rest if not ours(name)][:1]
     combined = [name for name in rest if evaluation.prunes(name)][:1]
@@ -170,9 +170,8 @@ def tradeoff(parameters: Parameters, pruning: Pruning) -> Plot:
     )  # fmt: skip
     if floor > accuracy.min():
         axes.axvline(floor, label="lowest accuracy allowed", **CUT)
-    looks = zip(
-        METHODS, "s^oD", (ORANGE, BLACK, VERMILLION, PURPLE), (110, 80, 50, 25), strict=True
-    )
+    colours = (GREEN, ORANGE, BLACK, VERMILLION, PURPLE)
+    looks = zip(METHODS, "Xs^oD", colours, (140, 110, 80, 50, 25), strict=True)
     for (
         method,
         marker,

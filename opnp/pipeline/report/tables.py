@@ -24,6 +24,7 @@ NOTHING_PRUNED = (
     "“Nothing pruned”: no mask did better on the validation outliers, so the detector scores the "
     "unpruned model."
 )
+SAME = "No mask did better on the validation outliers, so that these are another detector:"
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ def comparison(evaluation: Evaluation, metric: str) -> Comparison:
     ranks = (
         evaluation.ranks
         if metric == "fpr95"
-        else ranking.ranks(evaluation.table, list(evaluation.sets), metric)
+        else ranking.ranks(evaluation.table, list(evaluation.sets), metric, evaluation.same)
     )
-    return Comparison(ranking.ranked(evaluation.table, ranks, metric), ranks)
+    return Comparison(ranking.ranked(evaluation.table, ranks, metric, evaluation.same), ranks)
 
 
 def best(evaluation: Evaluation, metric: str) -> dict[str, str]:
@@ -129,8 +130,9 @@ def long_table(
 
     Returns:
         detector, column, kind, every metric with its interval as ``_low`` and ``_high``, rank (of
-        ``mean`` the mean rank; of ``near`` and ``far`` none), hyperparameters as JSON, trials, and
-        pruned, the percent of the head's weights that are pruned (none for other detectors).
+        ``mean`` the mean rank; of ``near`` and ``far`` none), hyperparameters as JSON, trials,
+        pruned, the percent of the head's weights that are pruned (none for other detectors), and
+        same, the detector that it is where that is none of them.
     """
     kinds = kinds_of(evaluation)
     rows = []
@@ -148,6 +150,7 @@ def long_table(
             row["hyperparameters"] = json.dumps(evaluation["hyperparameters"][name])
             row["trials"] = evaluation["trials"][name]
             row["pruned"] = evaluation["pruned"].get(name)
+            row["same"] = evaluation["same"].get(name)
             rows.append(row)
     return pa.Table.from_pylist(rows)
 
@@ -157,9 +160,10 @@ def to_markdown(
     intervals: Mapping[str, Intervals],
     evaluation: Mapping[str, Any],
 ) -> str:
-    """The comparison as a table for GitHub, followed by the detectors that could not run.
+    """The comparison as a table for GitHub, followed by the detectors that are not in it.
 
-    Detectors that could have pruned but did not are marked.
+    These are the ones that could have pruned but are another detector, since they did not, and the
+    ones that could not run.
 
     Args:
         detectors: of `metrics.json`.
@@ -167,31 +171,37 @@ def to_markdown(
         evaluation: `evaluation.json`.
     """
     kinds, places, pruned = kinds_of(evaluation), evaluation["ranks"], evaluation["pruned"]
-    shown = columns(kinds)
+    same, shown = evaluation["same"], columns(kinds)
     heads = [
         f"{column} ({kinds[column]})" if column in kinds else f"**{column}**" for column in shown
     ]
     rows: list[list[str]] = []
-    for name in ranked(detectors, places):
-        by, ends = detectors[name], intervals[name]["mean"]["fpr95"]
+    order = ranked(detectors, places, same=same)
+    for name in order:
+        by = detectors[name]
         cells = [f"{by[column]['fpr95']:.1f}" for column in shown]
-        cells += [f"{by['mean']['auroc']:.1f}", f"{places[name]['mean']:.1f}"]
-        interval = f" ({ends['low']:.1f}–{ends['high']:.1f})"
-        rows.append([label(name, pruned.get(name)), *cells, interval])
-    best = [min(map(float, of)) for of in zip(*(row[1:-1] for row in rows), strict=True)]
-    best[-2] = max(float(row[-3]) for row in rows)  # AUROC, the only column where higher is better
-    lines = [["detector", *heads, "mean AUROC", "mean rank"], ["---"] + ["--:"] * (len(heads) + 2)]
-    for name, *cells, interval in rows:
+        rows.append([*cells, f"{by['mean']['auroc']:.1f}", f"{places[name]['mean']:.1f}"])
+    best = [min(map(float, of)) for of in zip(*rows, strict=True)]
+    best[-2] = max(float(row[-2]) for row in rows)  # AUROC, the only column where higher is better
+    lines = [
+        ["detector", *heads, "mean AUROC", "mean rank", "trials"],
+        ["---"] + ["--:"] * (len(heads) + 3),
+    ]
+    for name, cells in zip(order, rows, strict=True):
         bold = [
             f"**{cell}**" if float(cell) == least else cell
             for cell, least in zip(cells, best, strict=True)
         ]
-        bold[-3] += interval
-        lines.append([name, *bold])
+        ends = intervals[name]["mean"]["fpr95"]
+        bold[-3] += f" ({ends['low']:.1f}–{ends['high']:.1f})"
+        lines.append([label(name, pruned.get(name)), *bold, str(evaluation["trials"][name])])
     text = "FPR95 in % (lower is better), the mean with its 95 % interval. Sorted by mean rank.\n\n"
     text += "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    if 0 in pruned.values():
+    if any(pruned.get(name) == 0 for name in order):
         text += f"\n{NOTHING_PRUNED}\n"
+    if same:
+        told = ", ".join(label(name, 0.0, other) for name, other in same.items())
+        text += f"\n{SAME} {told}.\n"
     if missing := evaluation["unavailable"]:
         text += "\nNot compared:\n\n"
         text += "".join(

@@ -38,6 +38,7 @@ def chosen_values(values: Mapping[str, Any]) -> str:
 def outcome(pruning: Pruning, evaluation: Evaluation) -> str:
     """Summarize the run in one sentence, and name the best detectors in another."""
     means = {name: values["mean"]["fpr95"] for name, values in evaluation.table.items()}
+    order = ranking.ranked(evaluation.table, evaluation.ranks, same=evaluation.same)
     accuracy = {name: values["accuracy"] for name, values in evaluation.calibration.items()}
     sets = f"over {len(evaluation.sets)} OOD set{'s' * (len(evaluation.sets) > 1)}"
     parts = []
@@ -59,12 +60,12 @@ def outcome(pruning: Pruning, evaluation: Evaluation) -> str:
     )
     sentence = "; ".join(parts)
     lowest = number(min(means.values()))
-    winners = " and ".join(map(evaluation.name, (n for n in means if number(means[n]) == lowest)))
-    told = f"{sentence[0].upper()}{sentence[1:]}. Of {len(means)} detectors"
+    winners = " and ".join(evaluation.name(n) for n in order if number(means[n]) == lowest)
+    told = f"{sentence[0].upper()}{sentence[1:]}. Of {len(order)} detectors"
     told += f", the lowest mean FPR95 is {lowest} %, by {winners}"
-    if "opnp" in means and len(means) > 1:
-        place = ranking.ranked(evaluation.table, evaluation.ranks).index("opnp") + 1
-        told += f"; by mean rank, OPNP is number {place}"
+    if "opnp" in means and len(order) > 1:
+        place = order.index(evaluation.same.get("opnp", "opnp")) + 1
+        told += f"; by mean rank, {evaluation.name('opnp')} is number {place}"
     return f"{told}."
 
 

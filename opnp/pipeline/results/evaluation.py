@@ -36,6 +36,7 @@ def read(run: "Run") -> dict[str, Any]:
             "hyperparameters": tuned,
             "trials": select(record["trials"], names),
             "pruned": select(record["pruned"], filter(ours, names)),
+            "same": {name: of for name, of in record["same"].items() if {name, of} <= {*names}},
             "ranks": select(record["ranks"], names, (*sets, "mean")),
             "unavailable": unavailable,
             "oracle": select(record["oracle"], record["oracle"], (*CANDIDATE, "fpr95", "kept")),

@@ -1,6 +1,7 @@
 """Evaluate: tune every detector on validation samples, then compare them on the test sets."""
 
 import logging
+import random
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -44,12 +45,14 @@ class Comparison:
     Attributes:
         tuned: fitted detectors by name, in the order of the parameters.
         scores: outlier scores (N,) of each detector on each test set; ``test`` is ID.
+        same: of each detector of ours that prunes nothing, the compared one whose scores it has.
         unavailable: why each of the other detectors could not run.
         times: seconds to tune and to fit each detector, and milliseconds to score 1000 samples.
     """
 
     tuned: "dict[str, Tuned | Fusion]" = field(default_factory=dict)
     scores: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    same: dict[str, str] = field(default_factory=dict)
     unavailable: dict[str, str] = field(default_factory=dict)
     times: dict[str, dict[str, float]] = field(default_factory=dict)
 
@@ -92,8 +95,11 @@ def trained_model(run: Run, chosen: Mapping[str, Candidate]) -> "TrainedModel":
     from opnp.detectors.base import SearchChoice, TrainedModel
 
     backbone, found = run.backbone, run.search
+    tried = [Candidate.stated(row) for row in run.trials.to_pylist()]
     choices = {
-        method: SearchChoice(candidate, found[method]["clip"], found["candidates"])
+        method: SearchChoice(
+            candidate, found[method]["clip"], sum(map(methods.METHODS[method], tried))
+        )
         for method, candidate in chosen.items()
     }
     return TrainedModel(
@@ -141,24 +147,27 @@ def tune(run: Run, model: "TrainedModel", candidates: list[Candidate]) -> Compar
         name: samples_of(run, split, settings.tuning_samples)[0]
         for name, split in run.outlier_splits.items()
     }
+    wanted = [names.alone(part) for name in settings.detectors for part in names.parts(name)]
     of_images = set()
     # A factory that does not return a detector is refused before anything is tuned.
-    for part in dict.fromkeys(part for name in settings.detectors for part in names.parts(name)):
+    for key in dict.fromkeys(wanted):
         with suppress(UnavailableError):  # tuning it will say why
-            if takes_images(make(names.alone(part), model)):
-                of_images.add(part)
+            if takes_images(make(key, model)):
+                of_images.add(key)
 
-    @cache  # a detector may also be a part of fusions
+    @cache  # a detector may also be where a combination starts, and a part of fusions
     def alone(name: str) -> "Tuned":
+        key = names.alone(name)
         return tuning.tune(
             name,
             model,
-            with_images if name in of_images else train,
+            with_images if key in of_images else train,
             validation,
             outliers,
             budget=settings.budget,
             seed=run.parameters.seed,
             candidates=candidates,
+            start=None if key == name else alone(key),
         )
 
     for name in track(settings.detectors, "tune (detectors)", len(settings.detectors)):
@@ -185,22 +194,26 @@ def pruning_to_try(parameters: Parameters, chosen: dict[str, Candidate]) -> list
     """What a detector X may prune in ``opnp+X``: what the search chose, and each end by itself.
 
     What is best for the energy need not be best for X: detectors of features ignore pruned weights,
-    and ViM, which adds the residual of the features, loses by pruned neurons.
+    and ViM, which adds the residual of the features, loses by pruned neurons. What the search chose
+    comes first; a budget that is too small for all takes some of the others at random.
     """
     settings = parameters.search
     weights = [(0.0, high) for high in settings.weights_high if high]
     weights += [(low, 0.0) for low in settings.weights_low if low]
     neurons = [(0.0, high) for high in settings.neurons_high if high]
     neurons += [(low, 0.0) for low in settings.neurons_low if low]
-    return [
-        *(replace(chosen[method], clip=None) for method in ("opp", "onp", "opnp")),
-        *(Candidate(weights=ends) for ends in weights),
-        *(
-            Candidate((0.0, 0.0), ends, kind)
-            for kind in settings.neuron_sensitivity
-            for ends in neurons
-        ),
+    ends = [Candidate(weights=each) for each in weights]
+    ends += [
+        Candidate((0.0, 0.0), each, kind)
+        for kind in settings.neuron_sensitivity
+        for each in neurons
     ]
+    random.Random(parameters.seed).shuffle(ends)
+    searched = [
+        replace(chosen[method], clip=None, temperature=1.0)  # these are X's affair
+        for method in ("opnp+react", "opnp", "onp", "opp")
+    ]
+    return list(dict.fromkeys([*searched, *ends]))
 
 
 def score(comparison: Comparison, test: "Mapping[str, Samples]") -> None:
@@ -223,6 +236,20 @@ def score(comparison: Comparison, test: "Mapping[str, Samples]") -> None:
     if not comparison.scores:
         reasons = " ".join(comparison.unavailable.values())
         raise InputError(f"None of the detectors can run here: {reasons}")
+    comparison.same = without_effect(comparison)
+
+
+def without_effect(comparison: Comparison) -> dict[str, str]:
+    """The detectors of ours that prune nothing, with the compared ones that give their scores."""
+    scores, tuned = comparison.scores, comparison.tuned
+    could = {name: names.unpruned(name) for name in scores if names.ours(name)}
+    return {
+        name: other
+        for name, other in could.items()
+        if tuned[name].pruned == 0
+        and other in scores
+        and all(torch.equal(scores[other][split], of) for split, of in scores[name].items())
+    }
 
 
 def measure(run: Run, comparison: Comparison, test: "Mapping[str, Samples]") -> Measured:
@@ -250,10 +277,11 @@ def measure(run: Run, comparison: Comparison, test: "Mapping[str, Samples]") -> 
         name: spans(calibration.calibration_intervals(f, labels, resamples, seed))
         for name, f in logits.items()
     }
+    trials = {name: comparison.tuned[name].trials for name in scores}
     return Measured(
-        {"detectors": table, "id": quality},
+        {"detectors": table, "id": quality, "trials": trials},
         {"detectors": intervals, "id": id_intervals},
-        ranking.ranks(table, list(kinds)),
+        ranking.ranks(table, list(kinds), same=comparison.same),
     )
 
 
@@ -310,8 +338,9 @@ def write(
     write_json(workspace.intervals, measured.intervals)
     evaluation = {
         "hyperparameters": {name: each.hyperparameters for name, each in tuned.items()},
-        "trials": {name: each.trials for name, each in tuned.items()},
-        "pruned": {name: p for name, each in tuned.items() if (p := each.pruned) is not None},
+        "trials": measured.metrics["trials"],
+        "pruned": {name: each.pruned or 0.0 for name, each in tuned.items() if names.ours(name)},
+        "same": comparison.same,
         "sets": {name: {"kind": kind, "count": sizes[name]} for name, kind in kinds.items()},
         "id_test_samples": sizes["test"],
         "ranks": measured.ranks,
