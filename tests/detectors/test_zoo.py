@@ -44,7 +44,7 @@ from opnp.pruning.masks import PruningMask
 K, WIDTH, T = 3, 16, 1.5
 OF_IMAGES = tuple(key for key, row in DETECTORS.items() if row.takes == "images")
 CHOICES = {  # of a mask search
-    "clip": SearchChoice(Candidate(clip=1.5, temperature=2.0), 95.0),
+    "clip": SearchChoice(Candidate(clip=0.06, temperature=2.0), 90.0),
     "opp": SearchChoice(Candidate((0, 5), (0, 0))),
     "onp": SearchChoice(Candidate((0, 0), (10, 0), "taylor")),
     "opnp": SearchChoice(Candidate((10, 2), (0, 10), temperature=2.0), trials=77),
