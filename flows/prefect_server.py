@@ -29,6 +29,7 @@ from opnp.runtime.files import atomic
 __all__ = ["running", "share_gpus", "start"]
 
 LOGS = Path("logs")
+ANSWER_LIMIT = 60.0  # seconds for a server to answer, on a machine that may be busy
 START_LIMIT = 180.0  # seconds; a first start also creates Prefect's database
 
 
@@ -84,7 +85,7 @@ def named() -> str | None:
 def answers(url: str) -> bool:
     """Whether a server answers at ``url``, no matter what it says."""
     try:
-        urllib.request.urlopen(f"{url}/health", timeout=10).close()
+        urllib.request.urlopen(f"{url}/health", timeout=ANSWER_LIMIT).close()
     except urllib.error.HTTPError:
         return True
     except (OSError, ValueError):

@@ -28,7 +28,8 @@ from filelock import FileLock, Timeout
 from flows import prefect_server, say_interrupted, workers
 from opnp.cli.remedies import tell
 from opnp.errors import InputError, UnavailableError
-from opnp.pipeline import parameters
+from opnp.pipeline import parameters, records
+from opnp.pipeline.results import Run
 from opnp.runtime.files import full_disk, write_json
 from opnp.runtime.progress import track
 from opnp.workspace import Workspace
@@ -260,6 +261,9 @@ def run_stage(name: str, **chosen: Any) -> None:
         loaded = parameters.load(workspace.parameters)
         with prefect_server.running():
             timed(name, partial(workers.run, flow, workspace, loaded, **chosen))
+        if name == "report" and "DVC_ROOT" in os.environ:
+            # The last stage of `dvc repro`, which records no run itself as `pipeline` does.
+            records.record_run(Run(workspace, loaded), timings())
 
 
 def hide_what_is_told() -> None:

@@ -78,7 +78,7 @@ def started(words: list[str], cwd: Path, port: int) -> Iterator[str]:
         )
     address = f"http://127.0.0.1:{port}"
     try:
-        late = time.monotonic() + 120
+        late = time.monotonic() + 300
         while True:
             try:
                 urlopen(f"{address}/ping", timeout=5).close()
@@ -238,7 +238,8 @@ def test_a_model_loads_with_its_own_code(
 
 
 @pytest.mark.slow
-def test_mlflow_serves_it(registered: Path) -> None:
+def test_mlflow_serves_it(registered: Path, detector_folder: Path) -> None:
+    registry.promote(HERE, registry.register(HERE, detector_folder, trust=SPEC))
     port, files = free_port(), sorted((registered / "images" / "others").iterdir())[:2]
     command = f"mlflow models serve -m models:/opnp@champion --env-manager local -p {port}"
     store = {"MLFLOW_TRACKING_URI": f"sqlite:///{registered / 'mlflow.db'}"}

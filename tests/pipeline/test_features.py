@@ -93,7 +93,11 @@ def test_bfloat16_is_close_and_shards_of_another_precision_are_not_taken(workspa
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="compiling for the CPU needs a compiler")
-def test_a_compiled_backbone_gives_the_same_features(workspace: Path) -> None:
+def test_a_compiled_backbone_gives_the_same_features(
+    workspace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Processes that compile take longer to start than these few kernels take to compile.
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)
     exact = encoded_anew(parameters.load())
     settings = chosen("features", compile=True)
     torch.testing.assert_close(encoded_anew(settings), exact, rtol=1e-4, atol=1e-5)

@@ -348,7 +348,7 @@ def served(folder: Path, port: int) -> Iterator["subprocess.Popen[bytes]"]:
             start_new_session=True,
         )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while True:
             with suppress(OSError):
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()

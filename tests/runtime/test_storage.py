@@ -319,11 +319,16 @@ def test_workers_without_a_shared_disk_make_the_same_bits(
     from opnp.pipeline import stages
 
     monkeypatch.setenv("PREFECT_API_URL", prefect_api)
+    families = ["blobs", "phase"]
+    for folder in (HERE.features / "proxies").iterdir():
+        if folder.name not in families:
+            shutil.rmtree(folder)
     made = [HERE.features, HERE.sensitivity.parent]
     expected = [without_gitignore(folder) for folder in made]
     for folder in made:
         shutil.rmtree(folder)
-    set_parameters(workspace, {"engine.runner": "processes", "engine.storage": f"{bucket}/workers"})
+    engine = {"engine.runner": "processes", "engine.storage": f"{bucket}/workers"}
+    set_parameters(workspace, {"search.proxies": families, **engine})
     chosen, storage = parameters.load(), Storage(f"{bucket}/workers")
     for flow in (features, sensitivity):
         workers: Any = ProcessPoolTaskRunner(max_workers=2)
