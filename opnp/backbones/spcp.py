@@ -1,11 +1,14 @@
 """Training by shaping parameter contribution patterns (SPCP, arXiv 2603.07195)."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["Rectifier"]
+__all__ = ["Rectifier", "rectified"]
 
 
 CONTRIBUTIONS = 2**23  # products W_ij·h_j held at once by `Rectifier`: 32 MiB of float32
@@ -14,6 +17,27 @@ CONTRIBUTIONS = 2**23  # products W_ij·h_j held at once by `Rectifier`: 32 MiB 
 def excess(features: Tensor, weight: Tensor, threshold: Tensor) -> Tensor:
     """Σ_j max(W_ij h_j − λ, 0), shape (N, K), of features (N, L), weight (K, L) and a scalar λ."""
     return F.relu(features[:, None] * weight - threshold).sum(dim=2)
+
+
+def rectified(
+    head: nn.Linear,
+    features: Tensor,
+    threshold: Tensor,
+    of: Callable[[Tensor, Tensor, Tensor], Tensor] = excess,
+) -> Tensor:
+    """Logits (N, K) of features (N, L) with contributions clipped to the scalar threshold.
+
+    Args:
+        head: the last layer, weight (K, L).
+        features: h, (N, L).
+        threshold: λ, a scalar.
+        of: computes `excess`, for some of the classes at a time.
+    """
+    classes = head.weight.split(max(1, CONTRIBUTIONS // max(1, features.numel())))
+    # Taken off the plain logits, which thus keep their bits where nothing is clipped.
+    over = [of(features, w, threshold) for w in classes]
+    logits: Tensor = head(features) - torch.cat(over, dim=1)
+    return logits
 
 
 class Rectifier:
@@ -34,8 +58,9 @@ class Rectifier:
     from 200 classes on. They use percentile 70 for CIFAR-10, 99.5 for CIFAR-100 and 99.8 for
     ImageNet-200. Unlike theirs: they start at λ = 1000 with decay 0.999, so that the first
     thousands of steps, more than a whole training has here, clip nothing. Here λ starts at the
-    first batch's q, and decay is the 0.95 of their default configuration. Their evaluation clips as
-    well; here a trained head is a plain linear layer.
+    first batch's q, and decay is the 0.95 of their default configuration. Their evaluation clips at
+    the learnt λ as well. Here a trained head is a plain linear layer, by which images are
+    classified and which all detectors but one see; `opnp.detectors.spcp` scores as they do.
 
     Args:
         percentile: in (0, 100).
@@ -64,13 +89,5 @@ class Rectifier:
     @staticmethod
     def rectify(head: nn.Linear, features: Tensor, threshold: Tensor) -> Tensor:
         """Logits (N, K) of features (N, L) with contributions clipped to the scalar threshold."""
-        classes = head.weight.split(max(1, CONTRIBUTIONS // features.numel()))
-        over = [
-            checkpoint(
-                excess, features, w, threshold, use_reentrant=False, preserve_rng_state=False
-            )
-            for w in classes
-        ]
-        # Taken off the plain logits, which thus keep their bits where nothing is clipped.
-        logits: Tensor = head(features) - torch.cat(over, dim=1)
-        return logits
+        again = partial(checkpoint, excess, use_reentrant=False, preserve_rng_state=False)
+        return rectified(head, features, threshold, again)

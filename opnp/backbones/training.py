@@ -57,7 +57,7 @@ def fit(
     seed: int,
     optimizer: Literal["sgd", "adamw"] = "sgd",
     precision: Literal["float32", "bfloat16"] = "float32",
-    spcp: float | None = None,
+    spcp: Rectifier | None = None,
 ) -> list[dict[str, float]]:
     """Train ``model`` in place.
 
@@ -73,7 +73,8 @@ def fit(
         seed: determines the order of the images and their shifts.
         optimizer: ``sgd`` (Nesterov momentum 0.9), or ``adamw``, which suits transformers.
         precision: of matrix products and convolutions; weights and sums stay float32.
-        spcp: percentile in (0, 100) at which `Rectifier` clips contributions; None does not clip.
+        spcp: clips contributions while training, and holds the threshold afterwards; None does not
+            clip.
 
     Returns:
         A record for each epoch: ``epoch``, ``loss``, ``train_accuracy``, ``validation_accuracy``
@@ -96,7 +97,6 @@ def fit(
         if optimizer == "sgd"
         else torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
     )
-    rectifier = None if spcp is None else Rectifier(spcp)
     steps = -(-len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(step, learning_rate, epochs * steps)
     history = []
@@ -110,8 +110,8 @@ def fit(
             )
             y = labels[index]
             with torch.autocast(x.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-                out = model(x).float() if rectifier is None else model.encoder(x)
-            logits = out if rectifier is None else rectifier(model.head, out)
+                out = model(x).float() if spcp is None else model.encoder(x)
+            logits = out if spcp is None else spcp(model.head, out)
             loss = F.cross_entropy(logits, y)
             step.zero_grad(set_to_none=True)
             loss.backward()

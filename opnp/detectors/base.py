@@ -79,6 +79,8 @@ class TrainedModel:
             by it.
         choices: what a mask search chose for this model, by method; only detectors that are a
             choice of the search need it.
+        spcp: λ, at which contributions to the logits were clipped while the model was trained, if
+            they were; only the detector ``spcp`` needs it.
     """
 
     head: nn.Linear
@@ -86,6 +88,7 @@ class TrainedModel:
     classifier: Classifier | None = None
     std: tuple[float, ...] = ()
     choices: Mapping[str, SearchChoice] = field(default_factory=dict)
+    spcp: float | None = None
 
     def pruned(self, mask: PruningMask) -> Self:
         """The model without the weights and neurons that ``mask`` prunes.

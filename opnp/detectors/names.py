@@ -101,6 +101,7 @@ DETECTORS = {
         Row("nac", "NAC", "features", "opnp.detectors.nac"),
         Row("optfs", "OptFS", "features", "opnp.detectors.optfs"),
         Row("ras", "RAS", "features", "opnp.detectors.ras"),
+        Row("spcp", "SPCP", "features", "opnp.detectors.spcp"),
         Row("clip", "Clip", "search", "opnp.detectors.searched"),
         Row("opp", "OPP", "search", "opnp.detectors.searched", "energy"),
         Row("onp", "ONP", "search", "opnp.detectors.searched", "energy"),

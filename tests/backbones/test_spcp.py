@@ -15,11 +15,14 @@ from opnp.backbones import spcp, training
 from opnp.backbones.backbone import Classifier
 from opnp.backbones.spcp import Rectifier
 from opnp.errors import InputError
+from opnp.pipeline import stages
 from opnp.pipeline.parameters import Train, load
+from opnp.pipeline.results import Run
 from opnp.pruning.energy import linear_head
 from opnp.runtime import devices
+from opnp.workspace import Workspace
+from tests.conftest import ROOT, set_parameters
 
-ROOT = Path(__file__).parents[2]
 N, K, WIDTH = 5, 3, 4
 
 
@@ -48,7 +51,9 @@ def blobs(seed: int) -> tuple[Tensor, Tensor]:
     return 2 * drawn(99, K, 1, 4, 4)[labels] + drawn(seed, 48, 1, 4, 4), labels
 
 
-def trained(**settings: Any) -> tuple[Classifier, list[dict[str, float]]]:
+def trained(
+    spcp: float | None = None, **settings: Any
+) -> tuple[Classifier, list[dict[str, float]]]:
     with devices.deterministic(1):
         torch.manual_seed(0)
         encoder = nn.Sequential(nn.Flatten(), nn.Linear(16, 32), nn.ReLU())
@@ -63,6 +68,7 @@ def trained(**settings: Any) -> tuple[Classifier, list[dict[str, float]]]:
             weight_decay=5e-4,
             shift_pixels=0,
             seed=0,
+            spcp=None if spcp is None else Rectifier(spcp),
             **settings,
         )
     return model, history
@@ -192,6 +198,19 @@ def test_a_trained_model_is_a_plain_classifier() -> None:
         history[-1]["validation_accuracy"]
     )
     torch.testing.assert_close(shaped(images), logits)
+
+
+@pytest.mark.parametrize("percentile", [None, 90])
+def test_the_stage_records_the_learnt_threshold(percentile: float | None, tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    few = {"data.ood_count": 10, "train.width": 4, "train.epochs": 1, "train.spcp": percentile}
+    set_parameters(tmp_path, few)
+    workspace = Workspace(tmp_path)
+    chosen = load(workspace.parameters)
+    stages.fetch.run(workspace, chosen)
+    stages.train.run(workspace, chosen)
+    threshold = Run(workspace, chosen).training.record["spcp_threshold"]
+    assert threshold is None if percentile is None else 0 < threshold < 10
 
 
 @pytest.mark.parametrize("value", [None, 0.5, 95, 99.9])

@@ -21,7 +21,7 @@ def model() -> TrainedModel:
     head = nn.Linear(WIDTH, CLASSES).requires_grad_(False)
     head.weight.copy_(torch.eye(CLASSES, WIDTH) * 4 + torch.randn(CLASSES, WIDTH) / 10)
     head.bias.zero_()
-    return TrainedModel(head)
+    return TrainedModel(head, spcp=2.0)
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ from opnp.pruning.candidates import Candidate
 from opnp.pruning.masks import PruningMask
 
 K, WIDTH, T = 3, 16, 1.5
+LIMIT = 5.0  # of contributions, as if the model were trained by SPCP
 OF_IMAGES = tuple(key for key, row in DETECTORS.items() if row.takes == "images")
 CHOICES = {  # of a mask search
     "clip": SearchChoice(Candidate(clip=0.06, temperature=2.0), 90.0),
@@ -77,7 +78,7 @@ def trained() -> TrainedModel:
     weight = 10 * torch.linalg.solve(gram, h.T @ F.one_hot(labels, K).double()).T.float()
     classifier.head.weight.copy_(weight[:, :WIDTH])
     classifier.head.bias.copy_(weight[:, WIDTH])
-    return TrainedModel(classifier.head, T, classifier, (0.5,), CHOICES)
+    return TrainedModel(classifier.head, T, classifier, (0.5,), CHOICES, LIMIT)
 
 
 MODEL = trained()
@@ -175,13 +176,26 @@ def test_cached_samples_score_as_the_library_scores_images(name: str) -> None:
 def test_features_suffice_in_any_number_and_with_a_head_without_bias(name: str) -> None:
     head = nn.Linear(WIDTH, K, bias=False).requires_grad_(False)
     head.weight.copy_(HEAD.weight)
-    model = TrainedModel(head, choices=CHOICES)
+    model = TrainedModel(head, choices=CHOICES, spcp=LIMIT)
     features = TRAIN.features.repeat(7, 1)[: base.BATCH + 5]
     detector = fitted(name, model, Samples(TRAIN.features, TRAIN.labels))
     scores = score(detector, model, Samples(features))
     assert scores.shape == (base.BATCH + 5,)
     tail = score(detector, model, Samples(features[-9:]))
     torch.testing.assert_close(scores[-9:], tail, rtol=1e-5, atol=1e-4)
+
+
+def test_spcp_clips_contributions_at_the_threshold_of_training() -> None:
+    limit, contributions = 0.008, OUTSIDE.features[:, None] * HEAD.weight
+    assert (contributions > limit).any()
+    model = replace(MODEL, spcp=limit)
+    logits = contributions.clamp(max=limit).sum(dim=2) + HEAD.bias
+    found = score(make("spcp", model), model, OUTSIDE)
+    torch.testing.assert_close(found, ENERGY(logits).double(), rtol=1e-5, atol=1e-5)
+    plain = score(make("spcp", replace(MODEL, spcp=1e9)), MODEL, OUTSIDE)
+    torch.testing.assert_close(plain, score(make("energy", MODEL), MODEL, OUTSIDE))
+    with pytest.raises(UnavailableError, match="trained with it here, and this one was not"):
+        make("spcp", BARE)
 
 
 @pytest.mark.parametrize("name", ["knn", "nnguide"])
@@ -309,7 +323,7 @@ def few_of_many() -> tuple[TrainedModel, Samples, Samples]:
         (centres[each] + 0.3 * drawn(seed, len(each), WIDTH)).relu()
         for each, seed in ((labels, 12), (torch.arange(20).repeat(3), 13))
     )
-    return TrainedModel(head, choices=CHOICES), Samples(train, labels), Samples(new)
+    return TrainedModel(head, choices=CHOICES, spcp=LIMIT), Samples(train, labels), Samples(new)
 
 
 @pytest.mark.parametrize("name", [name for name in DETECTORS if name not in OF_IMAGES])

@@ -41,7 +41,8 @@ class Training:
     """How the backbone was trained, or loaded.
 
     Attributes:
-        record: accuracies in percent, sizes, and digests of the backbone and its checkpoint.
+        record: accuracies in percent, sizes, digests of the backbone and its checkpoint, and the
+            threshold that SPCP learnt with it, if it was trained so.
         history: a value for each epoch by column; empty columns for a loaded checkpoint.
     """
 
@@ -104,7 +105,8 @@ def read_training(run: "Run") -> Training:
     path, history = run.workspace.training, run.workspace.history
     keys = (*ACCURACIES, "parameters", "features", "classes", "checkpoint", "sha256")
     with reading(path, "train"):
-        record = select(read_json(path), keys)
+        stated = read_json(path)
+        record = select(stated, keys) | {"spcp_threshold": stated.get("spcp_threshold")}
     if record["sha256"] != run.backbone_stated.sha256:
         raise stale(path, "another backbone", "train")
     return Training(record, read_columns(history, "train", ("epoch", "loss", *ACCURACIES)))

@@ -108,6 +108,7 @@ def trained_model(run: Run, chosen: Mapping[str, Candidate]) -> "TrainedModel":
         backbone.classifier,
         backbone.preprocessing.std,
         choices,
+        run.training.record["spcp_threshold"],
     )
 
 

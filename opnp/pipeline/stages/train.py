@@ -13,6 +13,7 @@ from opnp.backbones import specs, training
 from opnp.backbones.backbone import Backbone, build, from_spec, save_backbone
 from opnp.backbones.checkpoints import file_of, read_weights
 from opnp.backbones.networks import NETWORKS
+from opnp.backbones.spcp import Rectifier
 from opnp.data import imagesets
 from opnp.data.preprocessing import Preprocessing
 from opnp.metrics.agreement import suspicion
@@ -34,11 +35,12 @@ def run(workspace: Workspace, parameters: Parameters) -> dict[str, Any]:
     manifest, classes = run.manifest, run.classes
     with devices.deterministic(settings.threads):
         torch.manual_seed(parameters.seed)
+        rectifier = None if settings.spcp is None else Rectifier(settings.spcp)
         if settings.checkpoint is not None:
-            backbone, history = loaded(run, classes), []
+            backbone, history, rectifier = loaded(run, classes), [], None
         else:
             backbone = untrained(run, classes)
-            history = trained(run, backbone, device)
+            history = trained(run, backbone, device, rectifier)
         model = backbone.classifier.to(device).eval()
         record: dict[str, Any] = {}
         for split in ("train", "validation"):
@@ -55,6 +57,7 @@ def run(workspace: Workspace, parameters: Parameters) -> dict[str, Any]:
         "features": model.head.in_features,
         "classes": model.head.out_features,
         "checkpoint": digest(file) if file else settings.checkpoint,
+        "spcp_threshold": rectifier and float(rectifier.threshold or 0.0),
         "sha256": digest(workspace.backbone),
     }
     write_csv(
@@ -96,8 +99,10 @@ def untrained(run: Run, classes: list[str]) -> Backbone:
     return Backbone(model, preprocessing, classes, spec)
 
 
-def trained(run: Run, backbone: Backbone, device: torch.device) -> list[dict[str, float]]:
-    """Train the backbone on images that are all in memory.
+def trained(
+    run: Run, backbone: Backbone, device: torch.device, rectifier: Rectifier | None
+) -> list[dict[str, float]]:
+    """Train the backbone on images that are all in memory, perhaps with clipped contributions.
 
     Returns:
         The loss and the accuracies of each epoch.
@@ -121,7 +126,7 @@ def trained(run: Run, backbone: Backbone, device: torch.device) -> list[dict[str
         seed=run.parameters.seed,
         optimizer=settings.optimizer,
         precision=settings.precision,
-        spcp=settings.spcp,
+        spcp=rectifier,
     )
 
 
