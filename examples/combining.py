@@ -49,7 +49,7 @@ def main() -> dict[str, float]:
     # Several, tuned alike on outliers made from validation images; `opnp+NAME` may prune nothing.
     pixels = digits.tensors("validation")[0].numpy()
     outliers = {}
-    for family in families.DEFAULT:
+    for family in families.DECIDING:
         made = proxies.make(family, pixels, range(len(pixels)), seed=0)
         outliers[family] = Samples(features(torch.from_numpy(made)))
     candidates = [Candidate(weights=(0, high)) for high in (0.5, 1, 2, 5)]

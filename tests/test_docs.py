@@ -60,7 +60,7 @@ def test_detector(
         printed = capsys.readouterr().out
         assert printed, words
         if words[1] == "fit":
-            assert "of 8736 masks" in printed
+            assert "of 1920 masks" in printed
             assert re.search(r"accepts 95 % of 79 ID validation images", printed)
     assert pq.read_table("scores.parquet").column_names == ["file", "score", "is_ood", "predicted"]
     assert json.loads(Path("evaluation.json").read_text())["ood"]["digits"]["fpr95"] < 60

@@ -89,7 +89,7 @@ def test_search(monkeypatch: pytest.MonkeyPatch) -> None:
     names: dict[str, Any] = {}
     for cell in cells:
         exec(cell.source, names)
-    assert len(names["found"].trials) == 2 * 1456
+    assert len(names["found"].trials) == 2 * 320
     assert names["best"].mean_fpr95 < names["unpruned"].mean_fpr95
     assert set(names["fpr95"]) == {"energy", "OPNP"}
     assert names["fpr95"]["energy"] != names["fpr95"]["OPNP"]

@@ -82,7 +82,7 @@ def parameter_of(name: str, field: FieldInfo) -> inspect.Parameter:
 
 def metavar(annotation: Any) -> str:
     """What an option's help shows in place of its value."""
-    if get_origin(annotation) is Sequence:
+    if sequence_in(annotation) is not None:
         return f"{'NAME' if str in leaves(annotation) else 'NUMBER'},…"
     if get_origin(annotation) is Literal:
         return "|".join(get_args(annotation))
@@ -111,12 +111,12 @@ def parsed(word: Any, annotation: Any) -> Any:
     """
     if not isinstance(word, str):
         return word
-    if get_origin(annotation) is Sequence:
-        [element] = get_args(annotation)
-        return [parsed(part.strip(), element) for part in word.split(",")]
-    kinds = leaves(annotation)
-    if word == "none" and NoneType in kinds:
+    kinds, sequence = leaves(annotation), sequence_in(annotation)
+    if word == "none" and NoneType in (kinds if sequence is None else get_args(annotation)):
         return None
+    if sequence is not None:
+        [element] = get_args(sequence)
+        return [parsed(part.strip(), element) for part in word.split(",")]
     if str in kinds:
         return word
     for number in (int, float):
@@ -125,6 +125,18 @@ def parsed(word: Any, annotation: Any) -> Any:
         except ValueError:
             pass
     return word
+
+
+def sequence_in(annotation: Any) -> Any:
+    """The type of the sequence that a field takes, alone or among others; None if it takes none."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Sequence:
+        return annotation
+    if origin is Annotated:
+        return sequence_in(inner[0])
+    if origin is Union or origin is UnionType:
+        return next((each for each in map(sequence_in, inner) if each is not None), None)
+    return None
 
 
 def leaves(annotation: Any) -> set[Any]:

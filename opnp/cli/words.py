@@ -101,16 +101,37 @@ def describe(of: dict[str, Any]) -> str:
         f"(sensitivity: {mask['neuron_sensitivity']})",
         "proxies": f"mean FPR95 {found['fpr95']:.1f} %, unpruned {found['unpruned']['fpr95']:.1f} %"
         f"; within noise of the best of {found['candidates']} masks",
-        "accuracy": f"{found['accuracy']:.1f} %, unpruned {found['unpruned']['accuracy']:.1f} % "
-        f"(labels: {made['validation']['labels']})",
+        "families": families(found),
+        "accuracy": accuracy(of),
+        "doubts": " ".join(found.get("doubts", [])),
         "made": f"{made['at']} by {made['by']} from {mask['training_images']} training images "
         f"({made['train']['source']}) and {made['validation']['images']} validation images "
         f"({made['validation']['source']})",
         "versions": ", ".join(f"{name} {which}" for name, which in made["versions"].items()),
         "digest": of["digest"],
     }
+    lines = {name: value for name, value in lines.items() if value}
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+
+def families(found: dict[str, Any]) -> str:
+    """FPR95 on each family of outliers, before and after; those that did not decide in brackets."""
+    parts = []
+    for name, each in found.get("families", {}).items():
+        part = f"{name} {each['unpruned']:.0f} → {each['chosen']:.0f}"
+        parts.append(part if each["decides"] else f"({part})")
+    return ", ".join(parts)
+
+
+def accuracy(of: dict[str, Any]) -> str:
+    """The accuracy of the head that predicts the class, and of the other for comparison."""
+    found, labels = of["made"]["search"], of["made"]["validation"]["labels"]
+    pruned, unpruned = found["accuracy"], found["unpruned"]["accuracy"]
+    if of.get("classes_by") == "unpruned head":
+        alone = f"the pruned head alone {pruned:.1f} %"
+        return f"{unpruned:.1f} %, as unpruned; {alone} (labels: {labels})"
+    return f"{pruned:.1f} %, unpruned {unpruned:.1f} % (labels: {labels})"
 
 
 def show_evaluation(of: dict[str, Any]) -> None:

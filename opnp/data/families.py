@@ -4,6 +4,7 @@ Importing this module is cheap; `opnp.data.proxies`, which makes the outliers, i
 SciPy.
 """
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import AfterValidator
@@ -11,13 +12,24 @@ from pydantic import AfterValidator
 from opnp.errors import InputError, did_you_mean
 from opnp.runtime.settings import Several
 
-__all__ = ["DEFAULT", "Families"]
+__all__ = ["DECIDING", "REPORTED", "Families", "besides"]
 
-DEFAULT = (
-    *("jigsaw-2", "jigsaw-4", "jigsaw-7", "permutation", "phase", "mixup", "inversion"),
-    *("rotation", "uniform", "gaussian", "rademacher", "blobs"),
-)
-"""The families that masks are chosen by unless others are named."""
+DECIDING = ("phase", "blobs", "zoom", "blur", "strokes", "rotation", "inversion")
+"""The families that masks and detectors are chosen by unless others are named: those that keep the
+statistics of natural images or drawings, and follow real OOD data most closely."""
+
+REPORTED = ("jigsaw-4", "permutation", "uniform", "spectrum", "cutmix")
+"""Families that are reported besides, unless others are named. Noise and jigsaws are easy for some
+masks in ways that tell nothing about real images; mixtures of images are half in-distribution."""
+
+
+def besides(reported: Sequence[str], deciding: Sequence[str]) -> list[str]:
+    """The families to report that do not decide anyway.
+
+    >>> besides(["uniform", "cutmix"], ["phase", "uniform"])
+    ['cutmix']
+    """
+    return [name for name in reported if name not in deciding]
 
 
 def known(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -2,9 +2,7 @@
 
 They stand in for the OOD data that a mask search must not see. Each family destroys something else
 (global shape, texture, phase, contrast, pose, scale), and the search averages over several: one
-family alone is a poor guide. The `NATURAL` families have the statistics of natural images or of
-drawings and follow real OOD data most closely; noise and jigsaws are easy for some masks in ways
-that tell nothing about real images.
+family alone is a poor guide. `opnp.data.families` says which of them decide by default.
 
 An image depends only on the seed, its family and its index, never on how the work is divided.
 Images are float32 in [0, 1], shape (C, H, W), in the backbone's input space before normalization.
@@ -19,7 +17,7 @@ from scipy.ndimage import gaussian_filter
 from opnp.errors import InputError, did_you_mean
 from opnp.runtime.seeds import generator
 
-__all__ = ["FAMILIES", "NATURAL", "make"]
+__all__ = ["FAMILIES", "make"]
 
 Image = NDArray[np.float32]
 Rng = np.random.Generator
@@ -198,9 +196,6 @@ FAMILIES: dict[str, Callable[[Image, Image, Rng], Image]] = {
     "cutmix": cutmix,
 }
 """Every family by name; each maps (image, another image, generator) to a proxy outlier."""
-
-NATURAL = ("phase", "blobs", "zoom", "blur", "strokes", "rotation", "inversion")
-"""The families that keep the statistics of natural images."""
 
 
 def make(family: str, images: Image, rows: range, seed: int) -> Image:

@@ -2,7 +2,8 @@
 
 Scores are outlier scores, the energy −T·logsumexp(f/T) of the pruned head: **larger means OOD**. An
 image is OOD if its score is above the threshold, which accepts a chosen share of ID validation
-images. The pruned head is as large as the unpruned one, so scoring costs no more than classifying.
+images. The class is the unpruned head's: pruning changes no prediction. Both heads share one pass
+of the encoder, so scoring costs next to nothing beside classifying.
 """
 
 import json
@@ -27,6 +28,8 @@ from opnp.deployment.folder import (
     MASK,
     MODEL,
     SENSITIVITY,
+    UNPRUNED,
+    ClassesBy,
     check_place,
     read_description,
     write_description,
@@ -59,6 +62,7 @@ class SavedDetector:
         sensitivity: sensitivity of the unpruned head at that clip and temperature.
         threshold: the score above which an image is OOD.
         made: how the detector was made: data, search, versions, time.
+        classes_by: the head that predicts the class. Detectors of version 0.1 used the pruned one.
         digest: SHA-256 of the folder's description and, through it, of its files; it ignores the
             time of making, so equal detectors have equal digests. Empty before `save`.
     """
@@ -69,11 +73,12 @@ class SavedDetector:
     sensitivity: Sensitivity
     threshold: Threshold
     made: dict[str, Any]
+    classes_by: ClassesBy = UNPRUNED
     digest: str = ""
     scorer: Scorer = field(init=False)
 
     def __post_init__(self) -> None:
-        scorer = scorer_of(self.backbone, self.mask, self.candidate)
+        scorer = scorer_of(self.backbone, self.mask, self.candidate, self.classes_by)
         object.__setattr__(self, "scorer", scorer)
 
     @classmethod
@@ -103,13 +108,13 @@ class SavedDetector:
             InputError: the head or a score is not finite, or the names of classes do not fit.
         """
         scorer = scorer_of(backbone, mask, candidate)
-        _, scores = scorer.judged(features.to(scorer.head.weight.device))
+        _, scores = scorer.judged(features.to(scorer.pruned.weight.device))
         threshold = Threshold.of(scores, accept)
         return cls(backbone, mask, candidate, sensitivity, threshold, made)
 
     @property
     def device(self) -> torch.device:
-        return self.scorer.head.weight.device
+        return self.scorer.pruned.weight.device
 
     def to(self, device: torch.device | str) -> Self:
         """Move the detector's models to a device, and return the detector."""
@@ -164,7 +169,7 @@ class SavedDetector:
         Raises:
             InputError: they are of another shape.
         """
-        seen = as_features(features, self.scorer.head.weight)
+        seen = as_features(features, self.scorer.pruned.weight)
         return self.scores_of(*self.scorer.judged(seen))
 
     def scores_of(self, logits: Tensor, scores: Tensor) -> Scores:
@@ -198,11 +203,14 @@ class SavedDetector:
 
     def describe(self) -> dict[str, Any]:
         """What the detector is and how it was made, in values that JSON can hold."""
-        weight = self.scorer.head.weight
+        weight = self.scorer.pruned.weight
+        # Left out where it was not written, so that the digests of older folders hold.
+        by = {"classes_by": self.classes_by} if self.classes_by == UNPRUNED else {}
         return {
             "digest": self.digest,
             "model": self.backbone.spec,
             "classes": list(self.backbone.classes),
+            **by,
             "features": weight.shape[1],
             "preprocessing": self.backbone.preprocessing.as_json(),
             "score": {
@@ -230,7 +238,7 @@ class SavedDetector:
         folder = Path(folder)
         check_place(folder, overwrite)
         sensitivity = {name: getattr(self.sensitivity, name) for name in SENSITIVITIES}
-        head = self.scorer.head
+        head = self.scorer.pruned
         with atomic_folder(folder) as temporary:
             save_backbone(temporary / MODEL, self.backbone)
             tensors.save(temporary / HEAD, {"weight": head.weight, "bias": head.bias}, {})
@@ -241,22 +249,29 @@ class SavedDetector:
         return replace(self, digest=sha256)
 
 
-def scorer_of(backbone: Backbone, mask: PruningMask, candidate: Candidate) -> Scorer:
+def scorer_of(
+    backbone: Backbone, mask: PruningMask, candidate: Candidate, classes_by: ClassesBy = UNPRUNED
+) -> Scorer:
     """The module that scores with a pruned head.
 
     Raises:
         InputError: the head is not finite, or the names of classes do not fit.
     """
     classifier = backbone.classifier
-    head = mask.apply(classifier.head)
-    check_head(head.weight[:0], head.weight, head.bias)
-    if len(backbone.classes) != head.out_features:
+    pruned = mask.apply(classifier.head)
+    check_head(pruned.weight[:0], pruned.weight, pruned.bias)
+    if len(backbone.classes) != pruned.out_features:
         raise InputError(
-            f"The model has {head.out_features} classes, but {len(backbone.classes)} names of "
+            f"The model has {pruned.out_features} classes, but {len(backbone.classes)} names of "
             "classes are given: give one for each."
         )
     scorer = Scorer(
-        backbone.preprocessing, classifier.encoder, head, candidate.temperature, candidate.clip
+        backbone.preprocessing,
+        classifier.encoder,
+        classifier.head if classes_by == UNPRUNED else None,
+        pruned,
+        candidate.temperature,
+        candidate.clip,
     )
     return scorer.eval().requires_grad_(False)
 
@@ -308,9 +323,10 @@ def load(
         sensitivity,
         stated.threshold,
         stated.made,
+        stated.classes_by,
         stated.digest,
     )
-    pruned = detector.scorer.head
+    pruned = detector.scorer.pruned
     if not (torch.equal(weight, pruned.weight) and torch.equal(bias, pruned.bias)):
         raise InputError(f"{folder / HEAD} is not its model's head, pruned.", "detector")
     described = json.loads(json.dumps(detector.describe()))

@@ -22,6 +22,7 @@ from opnp.backbones.backbone import Backbone, check
 from opnp.backbones.encoding import encode
 from opnp.backbones.shards import Encoded, Shard, divide, read_shard, write_once
 from opnp.data import proxies
+from opnp.data.families import besides
 from opnp.data.images import Images
 from opnp.data.imagesets import unit
 from opnp.deployment.detector import SavedDetector
@@ -200,6 +201,8 @@ def fit(
 
     places = evenly(len(rows), settings.search_images)
     result = search(features, validation, rows[places].tolist(), h[places], truth[places], measured)
+    for doubt in result.doubts:
+        logger.warning("%s", doubt)
     candidate = result.best.candidate
     sensitivity = setting_of(measured, candidate)
     chosen_among = {"proxies": list(settings.proxies), "outliers": []}
@@ -296,9 +299,11 @@ def search(
         kept = [at for at, row in enumerate(rows) if row not in lost]
         h, truth = h[kept], truth[kept]
     images, sha256 = unit(pixels).numpy(), hashlib.sha256(pixels.data).hexdigest()
+    others = besides(settings.reported, settings.proxies)
+    families = (*settings.proxies, *others)
     outliers = {
         family: features.of_proxies(family, images, sha256).to(features.device)
-        for family in track(settings.proxies, "proxy outliers (families)", len(settings.proxies))
+        for family in track(families, "proxy outliers (families)", len(families))
     }
 
     def progress(trials: Iterator[Trial], count: int) -> Iterable[Trial]:
@@ -307,10 +312,11 @@ def search(
     return search_masks(
         features.backbone.classifier.head,
         h.to(features.device),
-        outliers,
+        {family: outliers[family] for family in settings.proxies},
         measured,
         settings,
         labels=truth,
+        reported={family: outliers[family] for family in others},
         seed=settings.seed,
         progress=progress,
     )

@@ -5,7 +5,7 @@ everything else as JSON, with the SHA-256 of each file.
 
     detector.json             what the detector is and how it was made
     model.safetensors         the weights of the whole classifier, unpruned
-    head.safetensors          the pruned head, whose weights include the mask
+    head.safetensors          the pruned head, which scores; its weights include the mask
     mask.safetensors          which weights and neurons stay
     sensitivity.safetensors   the sensitivities that the mask was chosen by
 """
@@ -13,7 +13,7 @@ everything else as JSON, with the SHA-256 of each file.
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
@@ -30,6 +30,8 @@ __all__ = [
     "MASK",
     "MODEL",
     "SENSITIVITY",
+    "UNPRUNED",
+    "ClassesBy",
     "Description",
     "check_place",
     "read_description",
@@ -41,6 +43,9 @@ MODEL, HEAD, MASK = "model.safetensors", "head.safetensors", "mask.safetensors"
 SENSITIVITY = "sensitivity.safetensors"
 FILES = (MODEL, HEAD, MASK, SENSITIVITY)
 FORMAT = 2
+
+ClassesBy = Literal["unpruned head", "pruned head"]
+UNPRUNED: ClassesBy = "unpruned head"
 
 
 class Part(BaseModel):
@@ -74,6 +79,7 @@ class Description(Part):
     mask: Mask
     threshold: Threshold
     made: dict[str, Any]
+    classes_by: ClassesBy = "pruned head"  # as folders of version 0.1, which do not say
 
     def candidate(self) -> Candidate:
         score = {"threshold": self.score.clip, "temperature": self.score.temperature}

@@ -17,7 +17,7 @@ def record(
     choice: str,
     *,
     images: int,
-    max_accuracy_drop: float,
+    max_accuracy_drop: float | None,
     train: tuple[str, int],
     validation: Mapping[str, Any],
     unreadable: Sequence[str],
@@ -32,14 +32,16 @@ def record(
             real ``outliers`` that it searched on.
         choice: whose mask the detector has, a choice in ``search``.
         images: number of ID validation images that the mask was chosen on.
-        max_accuracy_drop: percentage points of accuracy that pruning was allowed to cost.
+        max_accuracy_drop: percentage points of accuracy that the pruned head was allowed to lose;
+            None for any.
         train: source and number of the images that the sensitivity was measured on.
         validation: source, number and labels of the images that the threshold was set on.
         unreadable: the images that could not be read.
         seed: seed of the proxies and the bootstraps.
         details: what else is known.
     """
-    shared = {key: search[key] for key in ("unpruned", "candidates", "proxies", "outliers")}
+    keys = ("unpruned", "candidates", "proxies", "outliers", "families", "doubts")
+    shared = {key: search[key] for key in keys}
     allowed = {"images": images, "max_accuracy_drop": max_accuracy_drop}
     return {
         "at": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -25,7 +25,7 @@ class Scores:
     Attributes:
         score: outlier scores, float32 (N,); larger means OOD.
         is_ood: whether the score is above the threshold, bool (N,).
-        label: number of the class with the largest logit of the pruned head, int64 (N,).
+        label: number of the class that the classifier predicts, int64 (N,).
         predicted: name of that class, for each image.
     """
 
@@ -41,19 +41,25 @@ class Scores:
 class Scorer(nn.Module):
     """Maps images to logits and outlier scores, as one module that can be exported.
 
+    Two heads share one pass of the encoder: the classifier's own gives the logits, so that pruning
+    changes no prediction, and the pruned one gives the scores.
+
     Args:
         preprocessing: preprocessing of the images; only its normalization happens here.
         encoder: maps normalized images (N, C, H, W) to features (N, L).
-        head: the pruned head.
+        head: the head that gives the logits; None for the pruned head, on clipped features, as in
+            detectors of version 0.1.
+        pruned: the pruned head.
         temperature: temperature T of the energy.
-        clip: value at which features are clipped from above; None does not clip.
+        clip: value at which the pruned head's features are clipped from above; None does not clip.
     """
 
     def __init__(
         self,
         preprocessing: Preprocessing,
         encoder: nn.Module,
-        head: nn.Linear,
+        head: nn.Linear | None,
+        pruned: nn.Linear,
         temperature: float,
         clip: float | None,
     ):
@@ -63,6 +69,7 @@ class Scorer(nn.Module):
             self.register_buffer(name, values[:, None, None])
         self.encoder = encoder
         self.head = head
+        self.pruned = pruned
         self.temperature = temperature
         self.clip = clip
 
@@ -78,9 +85,9 @@ class Scorer(nn.Module):
 
     def judged(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (N, K) and outlier scores (N,) of features (N, L)."""
-        seen = features if self.clip is None else features.clamp(max=self.clip)
-        logits = self.head(seen)
-        return logits, -energy_score(logits, self.temperature)
+        pruned = self.pruned(features if self.clip is None else features.clamp(max=self.clip))
+        logits = pruned if self.head is None else self.head(features)
+        return logits, -energy_score(pruned, self.temperature)
 
 
 def opened(image: Image.Image | str | Path) -> Image.Image:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from opnp.data.families import DEFAULT, Families
+from opnp.data.families import DECIDING, REPORTED, Families
 from opnp.pruning.settings import SearchSettings
 from opnp.runtime.settings import Count, Positive, Seed
 
@@ -15,12 +15,17 @@ class FitSettings(SearchSettings):
     """The search for a mask, and how images are read and accepted.
 
     >>> FitSettings(accept=99.0, temperature=[1.0]).weights_low
-    (0.0, 10.0, 30.0, 50.0)
+    (0.0, 5.0, 30.0, 60.0)
     """
 
     proxies: Annotated[Families, Field(min_length=1)] = Field(
-        default=DEFAULT,
-        description="Families of proxy outliers, made from validation images, to judge masks on.",
+        default=DECIDING,
+        description="Families of proxy outliers, made from validation images, that the mask is "
+        "chosen on.",
+    )
+    reported: Families = Field(
+        default=REPORTED,
+        description="Families of proxy outliers to report the chosen mask on; they do not decide.",
     )
     accept: Annotated[float, Field(gt=0, le=100)] = Field(
         default=95.0, description="Percent of ID validation images that the threshold accepts."

@@ -62,7 +62,7 @@ class Parameters(Settings):
                     f"`search.outliers`: {name} is {source}, which is a test set or the ID data: "
                     "the search must not see it"
                 )
-        for family in self.search.proxies:
+        for family in (*self.search.proxies, *self.search.reported):
             grid = int(family.removeprefix("jigsaw-")) if family.startswith("jigsaw-") else 1
             if grid > self.data.image_size:
                 raise ValueError(

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from opnp.data.families import DEFAULT, Families
+from opnp.data.families import DECIDING, REPORTED, Families
 from opnp.detectors.names import check
 from opnp.pruning.settings import SearchSettings
 from opnp.runtime.settings import Count, Percentage, Positive, Seed, Settings, Several
@@ -188,8 +188,13 @@ class Search(SearchSettings):
     """The grid of masks, and the outliers that masks and hyperparameters are judged on."""
 
     proxies: Families = Field(
-        default=DEFAULT,
-        description="Families of proxy outliers, made from validation images, to judge masks on.",
+        default=DECIDING,
+        description="Families of proxy outliers, made from validation images, that masks and "
+        "hyperparameters are chosen on.",
+    )
+    reported: Families = Field(
+        default=REPORTED,
+        description="Families of proxy outliers to report the chosen mask on; they do not decide.",
     )
     outliers: dict[Name, str] = Field(
         default={},
@@ -201,7 +206,7 @@ class Search(SearchSettings):
     def judged(self) -> Self:
         if not self.proxies and not self.outliers:
             raise ValueError("name at least one proxy in `proxies`, or a set in `outliers`")
-        if taken := set(self.proxies) & set(self.outliers):
+        if taken := {*self.proxies, *self.reported} & set(self.outliers):
             raise ValueError(f"`outliers`: {listed(taken)} is a proxy's name: rename that set")
         return self
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from opnp.pruning.masks import Percentages, PruningMask
 from opnp.pruning.sensitivity import Sensitivity
-from opnp.pruning.settings import NeuronSensitivity, SearchSettings
+from opnp.pruning.settings import HIGHEST, NeuronSensitivity, SearchSettings
 
 __all__ = ["Candidate", "Trial", "candidate_record", "candidates_of", "grid", "trial_record"]
 
@@ -108,7 +108,8 @@ def grid(settings: SearchSettings) -> list[Candidate]:
     """Every combination of percentages and neuron sensitivities once; the unpruned head is first.
 
     Args:
-        settings: the percentages and definitions to combine.
+        settings: the percentages and definitions to combine; `SearchSettings.for_head` suits them
+            to a head.
 
     Returns:
         Candidates that neither clip nor change the temperature.
@@ -121,7 +122,7 @@ def grid(settings: SearchSettings) -> list[Candidate]:
     for kind, wl, wh, nl, nh in product(
         settings.neuron_sensitivity,
         settings.weights_low,
-        settings.weights_high,
+        settings.weights_high or HIGHEST,
         settings.neurons_low,
         settings.neurons_high,
     ):
@@ -131,8 +132,11 @@ def grid(settings: SearchSettings) -> list[Candidate]:
 
 
 def candidates_of(measured: Sequence[Sensitivity], settings: SearchSettings) -> list[Candidate]:
-    """Every candidate of the grid, at the clip and temperature of every sensitivity."""
-    unclipped = grid(settings)
+    """Every candidate of the grid, at the clip and temperature of every sensitivity.
+
+    Percentages that the settings leave open are suited to the head whose sensitivities these are.
+    """
+    unclipped = grid(settings.for_head(*measured[0].weights.shape))
     return [
         replace(candidate, clip=each.clip, temperature=each.temperature)
         for each in measured

@@ -14,7 +14,7 @@ The outliers are proxies, made from ID validation images or from noise; see `opn
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import isnan
+from math import inf, isnan
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from opnp.errors import InputError
 from opnp.metrics.bootstrap import bootstrap_mean_fpr95
 from opnp.pruning.candidates import Candidate, Trial, candidates_of, setting_of, trial_record
+from opnp.pruning.doubts import doubts
 from opnp.pruning.energy import bias_of, check_head
 from opnp.pruning.inputs import Numbers, as_features, as_labels
 from opnp.pruning.masks import PruningMask, warn_of_fractions
@@ -31,7 +32,14 @@ from opnp.pruning.sensitivity import Sensitivity
 from opnp.pruning.settings import SearchSettings
 from opnp.pruning.table import MEMORY, Judge
 
-__all__ = ["Choice", "SearchResult", "choice_record", "search_masks", "search_record"]
+__all__ = [
+    "Choice",
+    "SearchResult",
+    "choice_record",
+    "lowest_accuracy",
+    "search_masks",
+    "search_record",
+]
 
 
 @dataclass(frozen=True)
@@ -64,11 +72,16 @@ class SearchResult:
         trials: one for each candidate; the first is the unpruned head.
         choices: the choice among all trials, named ``all``, and the choice of each restriction.
         mask: the mask of the choice among all.
+        reported: FPR95 in percent on each set that did not decide: of the unpruned head, and of the
+            choice among all.
+        doubts: what speaks against the choice among all, a sentence each.
     """
 
     trials: list[Trial]
     choices: dict[str, Choice]
     mask: PruningMask
+    reported: dict[str, tuple[float, float]]
+    doubts: list[str]
 
     @property
     def best(self) -> Trial:
@@ -85,6 +98,7 @@ def search_masks(
     settings: SearchSettings | None = None,
     *,
     labels: Numbers | None = None,
+    reported: Mapping[str, Numbers] | None = None,
     restrictions: Mapping[str, Callable[[Candidate], bool]] | None = None,
     seed: int = 0,
     memory: int = MEMORY,
@@ -103,6 +117,8 @@ def search_masks(
         settings: what to try and how to choose. Clips and temperatures are taken from
             ``sensitivity``, which was measured at them; those of the settings are not used here.
         labels: classes of ``id_features``, shape (N,); without them accuracy is not constrained.
+        reported: features of further sets of outliers by name, which the choice is reported on and
+            which do not decide.
         restrictions: names of further choices from the same trials, each with a function that says
             which candidates may be chosen.
         seed: seed of the bootstrap.
@@ -125,18 +141,22 @@ def search_masks(
     >>> measured = measure(h[:40], head.weight, head.bias)
     >>> found = search_masks(head, h[40:60], {"far": 3 * h[60:]}, measured, few)
     >>> len(found.trials), found.mask.weights.shape
-    (14, torch.Size([3, 8]))
+    (4, torch.Size([3, 8]))
     """
     settings = settings or SearchSettings()
     low, high = settings.weights_low, settings.weights_high
-    grid = (*low, *high, *settings.neurons_low, *settings.neurons_high)
+    grid = (*low, *(high or ()), *settings.neurons_low, *settings.neurons_high)
     warn_of_fractions("The grid of the search", grid)
     measured = [sensitivity] if isinstance(sensitivity, Sensitivity) else list(sensitivity)
     id_features = as_features(id_features, head.weight)
-    sets = {name: as_features(each, head.weight) for name, each in outliers.items()}
+    sets, others = (
+        {name: as_features(each, head.weight) for name, each in given.items()}
+        for given in (outliers, reported or {})
+    )
     if labels is not None:
         labels = as_labels(labels, len(id_features), len(head.weight), head.weight.device)
-    check_inputs(head, id_features, sets, measured)
+    check_inputs(head, id_features, sets, others, measured)
+    settings = settings.for_head(*head.weight.shape)
     if "all" in (restrictions or {}):
         raise InputError("`all` names the choice among all candidates: rename that restriction.")
     candidates = candidates_of(measured, settings)
@@ -152,13 +172,21 @@ def search_masks(
         for name, allowed in {"all": lambda _: True, **(restrictions or {})}.items()
     }
     best = choices["all"].trial.candidate
-    return SearchResult(trials, choices, best.mask(setting_of(measured, best)))
+    figures: dict[str, tuple[float, float]] = {}
+    if others:
+        judge = Judge.of(head, id_features, others, None, memory)
+        both = {each.candidate: each for each in judge.trials(measured, [candidates[0], best])}
+        before, after = both[candidates[0]].fpr95, both[best].fpr95
+        figures = {name: (before[name], after[name]) for name in others}
+    mask = best.mask(setting_of(measured, best))
+    return SearchResult(trials, choices, mask, figures, doubts(trials, choices["all"], settings))
 
 
 def check_inputs(
     head: nn.Linear,
     id_features: Tensor,
     outliers: Mapping[str, Tensor],
+    reported: Mapping[str, Tensor],
     measured: Sequence[Sensitivity],
 ) -> None:
     """Refuse what `search_masks` cannot search, see there."""
@@ -167,7 +195,9 @@ def check_inputs(
         raise InputError("The search needs at least one set of outliers.")
     if not measured or len({(s.clip, s.temperature) for s in measured}) < len(measured):
         raise InputError("The search needs one sensitivity for each clip and temperature.")
-    for name, features in {"ID validation": id_features, **outliers}.items():
+    if twice := outliers.keys() & reported.keys():
+        raise InputError(f"The set {sorted(twice)[0]!r} is to decide and to be reported only.")
+    for name, features in {"ID validation": id_features, **outliers, **reported}.items():
         check_head(features, weight, bias, min(each.temperature for each in measured))
         if len(features) == 0:
             raise InputError(f"The set {name!r} is empty: the search needs samples in every set.")
@@ -208,7 +238,7 @@ def choose(
     Raises:
         InputError: no allowed candidate keeps the accuracy.
     """
-    floor = trials[0].accuracy - settings.max_accuracy_drop
+    floor = lowest_accuracy(trials, settings)
     # Without labels accuracies are NaN. A comparison with NaN is false, so nothing is excluded.
     accurate = [t for t in trials if allowed(t.candidate) and not t.accuracy < floor - 1e-9]
     if not accurate:
@@ -236,6 +266,15 @@ def choose(
         sum(trial.mean_fpr95 <= reach for trial in accurate),
         float(instability[chosen]),
     )
+
+
+def lowest_accuracy(trials: Sequence[Trial], settings: SearchSettings) -> float:
+    """The lowest accuracy in percent that a trial may have; the first trial is the unpruned head.
+
+    −∞ if there is no limit, NaN without labels.
+    """
+    drop = settings.max_accuracy_drop
+    return -inf if drop is None else trials[0].accuracy - drop
 
 
 def pareto_front(trials: Sequence[Trial]) -> list[Trial]:
@@ -313,11 +352,20 @@ def search_record(
         choices: names of the choices to write.
 
     Returns:
-        ``unpruned``, the trial of the unpruned head; each choice by its name; and ``candidates``,
-        how many were tried.
+        ``unpruned``, the trial of the unpruned head; each choice by its name; ``candidates``, how
+        many were tried; ``families``, FPR95 on each set of outliers before and after, and whether
+        it decided; and ``doubts``, what speaks against the choice among all.
     """
+    before, after = result.trials[0].fpr95, result.best.fpr95
+    deciding = {name: (before[name], after[name], True) for name in before}
+    reported = {name: (*pair, False) for name, pair in result.reported.items()}
     return {
         "unpruned": trial_record(result.trials[0], percentiles),
         **{name: choice_record(result.choices[name], percentiles) for name in choices},
         "candidates": len(result.trials),
+        "families": {
+            name: {"unpruned": unpruned, "chosen": chosen, "decides": decides}
+            for name, (unpruned, chosen, decides) in (deciding | reported).items()
+        },
+        "doubts": result.doubts,
     }

@@ -21,8 +21,8 @@ The energy needs Σ exp(f) over the classes. The exponential of a sum is a produ
 one small matrix product over the classes gives the energies of all cuts of the neurons, and
 exponentials are taken only once for each partial product.
 
-Example: 10 classes, 256 features and the default grid give 4 × 7 pairs of cuts of the weights and
-3 × 6 of the neurons, 504 masks, from (4 + 7) × (3 + 6) = 99 partial products.
+Example: 10 classes, 256 features and the default grid give 4 × 4 pairs of cuts of the weights and
+4 × 5 of the neurons, 320 masks, from (4 + 4) × (4 + 5) = 72 partial products.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from opnp.data.proxies import FAMILIES, NATURAL, make
+from opnp.data.families import DECIDING, REPORTED
+from opnp.data.proxies import FAMILIES, make
 from opnp.errors import InputError
 
 Images = NDArray[np.float32]  # (N, C, H, W)
@@ -163,8 +164,9 @@ def test_blobs_are_smooth_and_fill_the_range() -> None:
 
 
 def test_the_natural_families_are_families() -> None:
-    assert set(NATURAL) < set(FAMILIES)
-    assert not set(NATURAL) & {"uniform", "gaussian", "rademacher", "permutation", "mixup"}
+    assert {*DECIDING, *REPORTED} < set(FAMILIES)
+    assert not set(DECIDING) & set(REPORTED)
+    assert not set(DECIDING) & {"uniform", "gaussian", "rademacher", "permutation", "mixup"}
 
 
 def test_the_amplitude_of_spectrum_falls_as_one_over_frequency() -> None:

@@ -145,7 +145,7 @@ def test_saving_again_gives_the_same_files(
 
 
 def test_scoring_costs_what_classifying_costs(own: Path, detector: SavedDetector) -> None:
-    """The same operations on tensors of the same shapes, and as many parameters."""
+    """The same operations on tensors of the same shapes, and one more head."""
     plain = own_model.backbone(own).classifier
     unclipped = replace(detector, candidate=replace(detector.candidate, clip=None)).scorer
 
@@ -158,14 +158,14 @@ def test_scoring_costs_what_classifying_costs(own: Path, detector: SavedDetector
         ]
 
     features = torch.rand(4, plain.head.in_features)
-    assert operations(unclipped.head, features) == operations(plain.head, features)
+    assert operations(unclipped.pruned, features) == operations(plain.head, features)
     images = torch.rand(4, 1, 8, 8)
     classify, score = operations(plain, images), operations(unclipped, images)
-    # Besides, normalization, and the energy of K logits for each image.
-    assert [each for each in score if each in classify] == classify
-    assert len(score) - len(classify) <= 6
+    # Besides, normalization, the pruned head, and the energy of its K logits for each image.
+    assert [each for each in classify if each not in score] == []
+    assert len(score) - len(classify) <= 7
     count = [sum(p.numel() for p in each.parameters()) for each in (plain, unclipped)]
-    assert count[0] == count[1]
+    assert count[1] - count[0] == sum(p.numel() for p in plain.head.parameters())
 
 
 def damage_nothing(folder: Path) -> None:

@@ -93,7 +93,7 @@ def test_what_cannot_be_exported(
             return images.flatten(1)[:, :48] if float(images.sum()) > 0 else images[:, 0, 0]
 
     scorer = detector.scorer
-    branching = Scorer(detector.backbone.preprocessing, Branching(), scorer.head, 1.0, None)
+    branching = Scorer(detector.backbone.preprocessing, Branching(), None, scorer.pruned, 1.0, None)
     own = type(detector).__new__(type(detector))
     own.__dict__.update(detector.__dict__, scorer=branching)
     with pytest.raises(InputError, match=r"network:Network.* cannot be exported"):

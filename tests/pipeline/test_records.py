@@ -105,6 +105,8 @@ def write_run(
             "backbone": sha256,
             "parameters": of.search.model_dump(),
             "proxies": [],
+            "families": {},
+            "doubts": [],
             "outliers": [],
         },
     )

@@ -194,6 +194,11 @@ def write_pruning(backbone: str, rng: torch.Generator) -> None:
             **owner,
             "parameters": parameters().search.model_dump(),
             "candidates": len(trials),
+            "families": {
+                "uniform": {"unpruned": 40.0, "chosen": 20.0, "decides": True},
+                "cutmix": {"unpruned": 90.0, "chosen": 91.0, "decides": False},
+            },
+            "doubts": ["The mask prunes 60 % of the lowest weights, the most that was tried."],
             "proxies": ["uniform", "blobs"],
             "outliers": [],
             "validation_samples": 40,

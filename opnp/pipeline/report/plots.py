@@ -159,10 +159,11 @@ def tradeoff(parameters: Parameters, pruning: Pruning) -> Plot:
     """Proxy FPR95 against ID validation accuracy, of all candidates and of the choices."""
     accuracy, fpr95, chosen = pruning.trials["accuracy"], pruning.trials["fpr95"], pruning.methods
     drop = parameters.search.max_accuracy_drop
-    floor = accuracy[0] - drop
+    floor = -np.inf if drop is None else accuracy[0] - drop
     # Masks that cost far too much accuracy would squeeze the others together.
-    shown = accuracy >= floor - 4 * max(drop, 1.0)
-    axes = axes_for("Candidates", "ID validation accuracy (%)", "Proxy FPR95 (%)")
+    lowest = min(each["accuracy"] for each in chosen.values()) if drop is None else floor
+    shown = accuracy >= lowest - 4 * max(drop or 0, 1.0)
+    axes = axes_for("Candidates", "Accuracy of the pruned head (%)", "Proxy FPR95 (%)")
     # Cells instead of thousands of points keep the page small.
     axes.hexbin(
         accuracy[shown], fpr95[shown], gridsize=(36, 20), bins="log", mincnt=1, linewidths=0,
@@ -183,8 +184,8 @@ def tradeoff(parameters: Parameters, pruning: Pruning) -> Plot:
             s=size, c=colour, marker=marker, edgecolors="#ffffff", label=detector_name(method),
         )  # fmt: skip
     caption = (
-        f"Proxy FPR95 against ID validation accuracy of {int(shown.sum())} candidates (darker: "
-        "more of them), and the choice of each method."
+        f"Proxy FPR95 against the accuracy that the pruned head alone has on ID validation, of "
+        f"{int(shown.sum())} candidates (darker: more of them), and the choice of each method."
     )
     if not shown.all():
         caption += f" {int((~shown).sum())} candidates of even lower accuracy are not shown."

@@ -79,7 +79,8 @@ def heat_maps(parameters: Parameters, pruning: Pruning) -> list[HeatMap]:
     trials that keep the accuracy count; a cell without one is None.
     """
     trials, chosen = pruning.trials, pruning.chosen
-    floor = trials["accuracy"][0] - parameters.search.max_accuracy_drop
+    drop = parameters.search.max_accuracy_drop
+    floor = -np.inf if drop is None else trials["accuracy"][0] - drop
     # Trials that clip features belong to OPNP with ReAct.
     accurate = ~(trials["accuracy"] < floor - 1e-9) & ~trials["clips"]
     # Without neuron pruning, the definitions agree: the search tries such masks once, as `mean`.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from opnp.backbones import shards
+from opnp.data.families import besides
 from opnp.pipeline.parameters import Parameters
 from opnp.pipeline.results.images import proxy_family
 from opnp.pipeline.results.reading import reading
@@ -14,7 +15,7 @@ from opnp.pipeline.results.reading import reading
 if TYPE_CHECKING:
     from opnp.pipeline.results.run import Run
 
-__all__ = ["expected", "load", "outlier_splits", "shard_paths"]
+__all__ = ["expected", "load", "outlier_splits", "reported_splits", "shard_paths"]
 
 
 def expected(run: "Run", split: str) -> dict[str, str]:
@@ -60,3 +61,9 @@ def outlier_splits(parameters: Parameters) -> dict[str, str]:
     settings = parameters.search
     splits = {family: f"proxies/{family}" for family in settings.proxies}
     return splits | {name: f"outliers/{name}" for name in settings.outliers}
+
+
+def reported_splits(parameters: Parameters) -> dict[str, str]:
+    """The splits by name that the chosen mask is reported on, and which do not decide."""
+    families = besides(parameters.search.reported, parameters.search.proxies)
+    return {family: f"proxies/{family}" for family in families}

@@ -95,6 +95,11 @@ class Run:
         return features.outlier_splits(self.parameters)
 
     @cached_property
+    def reported_splits(self) -> dict[str, str]:
+        """The splits by name that the chosen mask is reported on, and which do not decide."""
+        return features.reported_splits(self.parameters)
+
+    @cached_property
     def settings(self) -> list[dict[str, Any]]:
         """Every clip (percentile and threshold) and temperature that the search tries."""
         return sensitivity.read_settings(self)

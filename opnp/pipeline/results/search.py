@@ -35,7 +35,8 @@ def read(run: "Run") -> dict[str, Any]:
         chosen = select(found, METHODS, (*CANDIDATE, *SETTING, *FIGURES, *CHOICE))
         for each in chosen.values():
             select(each["interval"], ("low", "high"))
-        select(found, ("unpruned", "backbone", "parameters", "proxies", "outliers", *COUNTS))
+        select(found, ("unpruned", "backbone", "parameters", "families", "doubts", *COUNTS))
+        select(found, ("proxies", "outliers"))
         select(found["unpruned"], (*CANDIDATE, *SETTING, *FIGURES))
     if found["backbone"] != run.backbone_stated.sha256:
         raise stale(path, "another backbone", "search")

@@ -30,9 +30,13 @@ def read_settings(run: "Run") -> list[dict[str, Any]]:
         thresholds = dict(read_json(path))
     if set(thresholds) != {str(each) for each in search.clip if each is not None}:
         raise stale(path, "other percentiles to clip at", "sensitivity")
+    # At two percentiles the activations may be the same: the first stands for both.
+    clips: dict[float | None, float | None] = {}
+    for clip in search.clip:
+        clips.setdefault(thresholds.get(str(clip)), clip)
     return [
-        {"clip": clip, "threshold": thresholds.get(str(clip)), "temperature": temperature}
-        for clip, temperature in product(search.clip, search.temperature)
+        {"clip": clip, "threshold": threshold, "temperature": temperature}
+        for (threshold, clip), temperature in product(clips.items(), search.temperature)
     ]
 
 

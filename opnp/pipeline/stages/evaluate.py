@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from math import inf
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from opnp.pipeline.results import Run
 from opnp.pipeline.results.times import add_times, read_times
 from opnp.pruning import methods
 from opnp.pruning.candidates import Candidate, candidate_record, candidates_of
+from opnp.pruning.settings import SearchSettings
 from opnp.pruning.table import Judge
 from opnp.runtime import devices
 from opnp.runtime.files import atomic, write_csv, write_json
@@ -81,7 +83,8 @@ def run(workspace: Workspace, parameters: Parameters) -> dict[str, Any]:
     chosen = {method: Candidate.stated(run.search[method]) for method in methods.METHODS}
     model = trained_model(run, chosen)
     with devices.deterministic(threads=1), torch.no_grad():
-        comparison = tune(run, model, pruning_to_try(parameters, chosen))
+        settings = parameters.search.for_head(*model.head.weight.shape)
+        comparison = tune(run, model, pruning_to_try(settings, chosen, parameters.seed))
         test = test_samples(run)  # only from here on are test features read
         score(comparison, test)
         measured = measure(run, comparison, test)
@@ -191,25 +194,23 @@ def search_times(workspace: Workspace) -> dict[str, dict[str, float]]:
     return {method: {"tune": of["tune"]} for method, of in times.items() if "tune" in of}
 
 
-def pruning_to_try(parameters: Parameters, chosen: dict[str, Candidate]) -> list[Candidate]:
+def pruning_to_try(
+    settings: SearchSettings, chosen: dict[str, Candidate], seed: int
+) -> list[Candidate]:
     """What a detector X may prune in ``opnp+X``: what the search chose, and each end by itself.
 
     What is best for the energy need not be best for X: detectors of features ignore pruned weights,
     and ViM, which adds the residual of the features, loses by pruned neurons. What the search chose
     comes first; a budget that is too small for all takes some of the others at random.
     """
-    settings = parameters.search
-    weights = [(0.0, high) for high in settings.weights_high if high]
+    weights = [(0.0, high) for high in settings.weights_high or () if high]
     weights += [(low, 0.0) for low in settings.weights_low if low]
     neurons = [(0.0, high) for high in settings.neurons_high if high]
     neurons += [(low, 0.0) for low in settings.neurons_low if low]
+    kinds = settings.neuron_sensitivity
     ends = [Candidate(weights=each) for each in weights]
-    ends += [
-        Candidate((0.0, 0.0), each, kind)
-        for kind in settings.neuron_sensitivity
-        for each in neurons
-    ]
-    random.Random(parameters.seed).shuffle(ends)
+    ends += [Candidate((0.0, 0.0), each, kind) for kind in kinds for each in neurons]
+    random.Random(seed).shuffle(ends)
     searched = [
         replace(chosen[method], clip=None, temperature=1.0)  # these are X's affair
         for method in ("opnp+react", "opnp", "onp", "opp")
@@ -299,7 +300,8 @@ def oracles(
     its gain over the unpruned head the mask keeps that was chosen without these sets.
     """
     measured, rows = run.sensitivities, run.trials.to_pylist()
-    floor = rows[0]["accuracy"] - run.parameters.search.max_accuracy_drop - 1e-9
+    drop = run.parameters.search.max_accuracy_drop
+    floor = -inf if drop is None else rows[0]["accuracy"] - drop - 1e-9
     accurate = {Candidate.stated(row) for row in rows if row["accuracy"] >= floor}
     candidates = candidates_of(measured, run.parameters.search)
     ood = {name: each.features for name, each in test.items() if name != "test"}

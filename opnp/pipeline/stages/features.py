@@ -52,7 +52,8 @@ def plan(workspace: Workspace, parameters: Parameters) -> list[Shard]:
         )
     counts = {name: entry.count for name, entry in manifest.sets.items()}
     validation = counts["validation"]
-    counts |= {f"proxies/{family}": validation for family in parameters.search.proxies}
+    families = dict.fromkeys((*parameters.search.proxies, *parameters.search.reported))
+    counts |= {f"proxies/{family}": validation for family in families}
     return [shard for split, count in counts.items() for shard in shards.divide(split, count, size)]
 
 

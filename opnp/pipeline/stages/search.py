@@ -27,7 +27,10 @@ def run(workspace: Workspace, parameters: Parameters) -> SearchResult:
     def progress(trials: Iterator[Trial], count: int) -> Iterator[Trial]:
         return track(trials, "search (masks)", count)
 
-    outliers = {name: run.features(split)[0] for name, split in run.outlier_splits.items()}
+    outliers, reported = (
+        {name: run.features(split)[0] for name, split in splits.items()}
+        for splits in (run.outlier_splits, run.reported_splits)
+    )
     start = time.perf_counter()
     with devices.deterministic(threads=1):
         result = search_masks(
@@ -37,6 +40,7 @@ def run(workspace: Workspace, parameters: Parameters) -> SearchResult:
             run.sensitivities,
             settings,
             labels=labels,
+            reported=reported,
             restrictions=METHODS,
             seed=parameters.seed,
             progress=progress,
@@ -52,6 +56,7 @@ def run(workspace: Workspace, parameters: Parameters) -> SearchResult:
             "backbone": run.backbone_stated.sha256,
             "parameters": settings.model_dump(),
             "proxies": settings.proxies,
+            "reported": settings.reported,
             "outliers": list(settings.outliers),
             "validation_samples": len(h),
             "training_samples": run.sensitivities[0].count,

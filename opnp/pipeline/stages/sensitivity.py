@@ -44,8 +44,7 @@ def plan(workspace: Workspace, parameters: Parameters) -> list[str]:
     The thresholds to clip features at are written first, since every shard is summed with them.
 
     Raises:
-        InputError: shards are missing, damaged, or made from something else; or the training
-            activations are the same at two of the percentiles.
+        InputError: shards are missing, damaged, or made from something else.
     """
     paths = Run(workspace, parameters).feature_shards("train")
     clips: dict[str, float] = {}
@@ -55,13 +54,6 @@ def plan(workspace: Workspace, parameters: Parameters) -> list[str]:
                 lambda: (shards.read_shard(path).features for path in paths), percentiles
             )
         clips = dict(zip(map(str, percentiles), thresholds, strict=True))
-        if len(set(clips.values())) < len(clips):
-            found = ", ".join(f"{value:g} at {name} %" for name, value in clips.items())
-            raise InputError(
-                f"Two percentiles to clip at have the same training activation ({found}): keep "
-                "one of them.",
-                "search.clip",
-            )
     write_json(workspace.clips, clips)
     return [path.stem for path in paths]
 
