@@ -39,9 +39,10 @@ class NAC(CachedDetector):
         "https://arxiv.org/abs/2306.02879",
         "https://github.com/BierOne/ood_coverage",
     )
+    # The authors take 50 bins for every penultimate layer.
     hyperparameter_space = {
-        "steepness": [1.0, 100.0, 3000.0, 1e4, 1e5],
-        "bins": [50, 500],
+        "steepness": [1.0, 10.0, 100.0, 1e3, 1e4],
+        "bins": [50],
         "enough": [5, 50, 500],
     }
     fitted = ("counts",)

@@ -19,7 +19,8 @@ def from_run(run: Run, accept: float = 95.0, method: str = METHOD) -> SavedDetec
     Args:
         run: the run.
         accept: percent of ID validation images that the threshold accepts.
-        method: whose choice to take: ``opp``, ``onp``, ``opnp``, or ``opnp+react``, which may clip.
+        method: whose choice to take: ``opp``, ``onp``, ``opnp``, or ``opnp+react``, which may clip;
+            or ``clip``, which prunes nothing.
 
     Raises:
         InputError: a file is missing, damaged, or made with something else.
