@@ -239,6 +239,8 @@ def test_retraining_from_the_sources_on(
     assert done.returncode == 0, done.stdout + done.stderr
     assert "retrain: version 1 promoted" in done.stdout
     monkeypatch.chdir(folder)
+    # Which MLflow sets when it is used: put back afterwards.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
     decisions = []
     for epochs in (1, 15, 2):
         set_parameters(folder, {"train.epochs": epochs})
