@@ -18,7 +18,7 @@ test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist loadfile
 
 repro: setup
 	@test -d data || $(BIN)/opnp stage fetch

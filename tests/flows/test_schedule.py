@@ -53,7 +53,6 @@ HASTE = {
     "PREFECT_RUNNER_POLL_FREQUENCY": "1",
     "PREFECT_WORKER_QUERY_SECONDS": "1",
 }
-pytestmark = pytest.mark.xdist_group("schedule")  # its tests share a server and a workspace
 
 
 def every(words: Sequence[str], seconds: int) -> list[str]:

@@ -313,8 +313,7 @@ def test_workers_without_a_shared_disk_make_the_same_bits(
     workspace: Path, bucket: str, prefect_api: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes, each in a folder of its own, which reach each other by S3 only."""
-    from prefect.task_runners import ProcessPoolTaskRunner
-
+    from flows import workers
     from flows.stages import features, sensitivity, shard
     from opnp.pipeline import stages
 
@@ -327,12 +326,12 @@ def test_workers_without_a_shared_disk_make_the_same_bits(
     expected = [without_gitignore(folder) for folder in made]
     for folder in made:
         shutil.rmtree(folder)
-    engine = {"engine.runner": "processes", "engine.storage": f"{bucket}/workers"}
-    set_parameters(workspace, {"search.proxies": families, **engine})
+    engine = {"runner": "processes", "workers": 2, "storage": f"{bucket}/workers"}
+    changed = {f"engine.{name}": value for name, value in engine.items()}
+    set_parameters(workspace, {"search.proxies": families, **changed})
     chosen, storage = parameters.load(), Storage(f"{bucket}/workers")
     for flow in (features, sensitivity):
-        workers: Any = ProcessPoolTaskRunner(max_workers=2)
-        flow.with_options(task_runner=workers)(HERE, chosen)
+        workers.run(flow, HERE, chosen)
     assert [without_gitignore(folder) for folder in made] == expected
     assert not list(workspace.rglob("*.part"))
     there = objects(storage)
