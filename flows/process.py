@@ -278,6 +278,11 @@ def hide_what_is_told() -> None:
 
     for name in ("prefect.flow_runs", "prefect.task_runs"):
         logging.getLogger(name).addFilter(keep)
-    # What they say of each single event while the server is away.
+    # What they say of each single event while the server is away; Prefect's own loggers do not heed
+    # their level.
     for name in ("prefect.events.clients", "prefect._internal.concurrency", "EventsWorker"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+        logging.getLogger(name).addFilter(critical)
+
+
+def critical(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.CRITICAL

@@ -5,7 +5,7 @@ import pytest
 from prefect import flow, task
 
 from flows import prefect_server
-from flows.process import unless_bad_input
+from flows.process import hide_what_is_told, unless_bad_input
 from opnp.data import sources
 from opnp.errors import InputError, UnavailableError
 
@@ -54,3 +54,16 @@ def test_a_server_named_in_the_environment_is_used(
     with prefect_server.running():
         children = {process.pid for process in psutil.Process().children()}
     assert children <= before
+
+
+def test_what_is_said_of_single_events_is_hidden(caplog: pytest.LogCaptureFixture) -> None:
+    from prefect._internal.concurrency import logger  # which does not heed its level
+
+    hide_what_is_told()
+    try:
+        logger.error("failed to process item")
+        assert not caplog.messages
+    finally:
+        logger.filters.clear()
+    logger.error("failed to process item")
+    assert caplog.messages == ["failed to process item"]
