@@ -44,6 +44,18 @@ def correct(model: nn.Module, images: Tensor, labels: Tensor) -> int:
     return int((predict(model, images) == labels).sum())
 
 
+def optimizer_of(
+    model: nn.Module, name: Literal["sgd", "adamw"], learning_rate: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """SGD with Nesterov momentum 0.9, or AdamW."""
+    parameters = model.parameters()
+    if name == "adamw":
+        return torch.optim.AdamW(parameters, learning_rate, weight_decay=weight_decay)
+    return torch.optim.SGD(
+        parameters, learning_rate, momentum=0.9, nesterov=True, weight_decay=weight_decay
+    )
+
+
 def fit(
     model: Classifier,
     train: tuple[Tensor, Tensor],
@@ -86,17 +98,7 @@ def fit(
     model.to(memory_format=torch.channels_last)  # faster for convolutions, on CPUs and GPUs
     images, labels = train
     generator = torch.Generator().manual_seed(seed)
-    step: torch.optim.Optimizer = (
-        torch.optim.SGD(
-            model.parameters(),
-            learning_rate,
-            momentum=0.9,
-            nesterov=True,
-            weight_decay=weight_decay,
-        )
-        if optimizer == "sgd"
-        else torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=weight_decay)
-    )
+    step = optimizer_of(model, optimizer, learning_rate, weight_decay)
     steps = -(-len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(step, learning_rate, epochs * steps)
     history = []

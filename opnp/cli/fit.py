@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from shutil import rmtree
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +10,9 @@ from opnp.cli.options import AsJson, Device, option, takes
 from opnp.cli.words import describe, device_named, find_own_code, here, read_classes, told
 from opnp.deployment.settings import FitSettings
 from opnp.errors import InputError
+
+if TYPE_CHECKING:
+    from opnp.deployment.detector import SavedDetector
 
 __all__ = ["fit"]
 
@@ -70,18 +73,7 @@ def fit(
 
     check_place(out, overwrite)
     if from_run:
-        if given := [path for path in (model, weights, id_train, id_val) if path is not None]:
-            raise InputError(f"--from-run takes no model and no images: leave {given[0]} out.")
-        if searched := sorted(settings.model_fields_set - {"accept"}):
-            raise InputError(
-                f"--from-run takes the mask that the run chose: leave {option(searched[0])} out."
-            )
-        from opnp.pipeline.detector import from_run as made_by
-        from opnp.pipeline.parameters import load as load_parameters
-        from opnp.pipeline.results import Run
-
-        workspace = here()
-        made = made_by(Run(workspace, load_parameters(workspace.parameters)), settings.accept)
+        made = of_run(settings, model, weights, id_train, id_val)
     else:
         if model is None or id_train is None or id_val is None:
             raise InputError("Give --model, --id-train and --id-val, or --from-run.")
@@ -105,3 +97,24 @@ def fit(
     if not from_run:
         rmtree(features)
     told(made.describe(), as_json, describe)
+
+
+def of_run(settings: FitSettings, *given: str | None) -> "SavedDetector":
+    """The detector of the run in this folder.
+
+    Raises:
+        InputError: a model or images are given, the settings ask for a search, or the run lacks
+            something.
+    """
+    from opnp.pipeline.detector import from_run
+    from opnp.pipeline.parameters import load
+    from opnp.pipeline.results import Run
+
+    if named := [each for each in given if each is not None]:
+        raise InputError(f"--from-run takes no model and no images: leave {named[0]} out.")
+    if searched := sorted(settings.model_fields_set - {"accept"}):
+        raise InputError(
+            f"--from-run takes the mask that the run chose: leave {option(searched[0])} out."
+        )
+    workspace = here()
+    return from_run(Run(workspace, load(workspace.parameters)), settings.accept)

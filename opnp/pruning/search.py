@@ -144,8 +144,8 @@ def search_masks(
     (4, torch.Size([3, 8]))
     """
     settings = settings or SearchSettings()
-    low, high = settings.weights_low, settings.weights_high
-    grid = (*low, *(high or ()), *settings.neurons_low, *settings.neurons_high)
+    low, high = settings.weights_low, settings.weights_high or ()
+    grid = (*low, *high, *settings.neurons_low, *settings.neurons_high)
     warn_of_fractions("The grid of the search", grid)
     measured = [sensitivity] if isinstance(sensitivity, Sensitivity) else list(sensitivity)
     id_features = as_features(id_features, head.weight)
@@ -156,30 +156,32 @@ def search_masks(
     if labels is not None:
         labels = as_labels(labels, len(id_features), len(head.weight), head.weight.device)
     check_inputs(head, id_features, sets, others, measured)
-    settings = settings.for_head(*head.weight.shape)
-    if "all" in (restrictions or {}):
+    settings, rules = settings.for_head(*head.weight.shape), restrictions or {}
+    if "all" in rules:
         raise InputError("`all` names the choice among all candidates: rename that restriction.")
     candidates = candidates_of(measured, settings)
     judge = Judge.of(head, id_features, sets, labels, memory)
-    by_candidate = {
-        trial.candidate: trial
-        for trial in progress(judge.trials(measured, candidates), len(candidates))
-    }
+    found = progress(judge.trials(measured, candidates), len(candidates))
+    by_candidate = {trial.candidate: trial for trial in found}
     trials = [by_candidate[candidate] for candidate in candidates]
     choose_among = partial(choose, judge, measured, trials, settings, seed)
-    choices = {
-        name: choose_among(allowed)
-        for name, allowed in {"all": lambda _: True, **(restrictions or {})}.items()
-    }
+    choices = {"all": choose_among(lambda _: True)}
+    choices |= {name: choose_among(allowed) for name, allowed in rules.items()}
     best = choices["all"].trial.candidate
-    figures: dict[str, tuple[float, float]] = {}
-    if others:
-        judge = Judge.of(head, id_features, others, None, memory)
-        both = {each.candidate: each for each in judge.trials(measured, [candidates[0], best])}
-        before, after = both[candidates[0]].fpr95, both[best].fpr95
-        figures = {name: (before[name], after[name]) for name in others}
+    others_judge = Judge.of(head, id_features, others, None, memory)
+    figures = before_and_after(others_judge, measured, candidates[0], best)
     mask = best.mask(setting_of(measured, best))
     return SearchResult(trials, choices, mask, figures, doubts(trials, choices["all"], settings))
+
+
+def before_and_after(
+    judge: Judge, measured: Sequence[Sensitivity], unpruned: Candidate, best: Candidate
+) -> dict[str, tuple[float, float]]:
+    """FPR95 in percent on each set of outliers: of the unpruned head, and of the choice."""
+    if not judge.sizes:
+        return {}
+    both = {each.candidate: each.fpr95 for each in judge.trials(measured, [unpruned, best])}
+    return {name: (both[unpruned][name], both[best][name]) for name in judge.sizes}
 
 
 def check_inputs(
