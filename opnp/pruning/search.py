@@ -144,9 +144,6 @@ def search_masks(
     (4, torch.Size([3, 8]))
     """
     settings = settings or SearchSettings()
-    low, high = settings.weights_low, settings.weights_high or ()
-    grid = (*low, *high, *settings.neurons_low, *settings.neurons_high)
-    warn_of_fractions("The grid of the search", grid)
     measured = [sensitivity] if isinstance(sensitivity, Sensitivity) else list(sensitivity)
     id_features = as_features(id_features, head.weight)
     sets, others = (
@@ -155,7 +152,7 @@ def search_masks(
     )
     if labels is not None:
         labels = as_labels(labels, len(id_features), len(head.weight), head.weight.device)
-    check_inputs(head, id_features, sets, others, measured)
+    check_inputs(head, id_features, sets, others, measured, settings)
     settings, rules = settings.for_head(*head.weight.shape), restrictions or {}
     if "all" in rules:
         raise InputError("`all` names the choice among all candidates: rename that restriction.")
@@ -190,8 +187,12 @@ def check_inputs(
     outliers: Mapping[str, Tensor],
     reported: Mapping[str, Tensor],
     measured: Sequence[Sensitivity],
+    settings: SearchSettings,
 ) -> None:
-    """Refuse what `search_masks` cannot search, see there."""
+    """Refuse what `search_masks` cannot search, see there; warn of percentages that look wrong."""
+    low, high = settings.weights_low, settings.weights_high or ()
+    grid = (*low, *high, *settings.neurons_low, *settings.neurons_high)
+    warn_of_fractions("The grid of the search", grid)
     weight, bias = head.weight.detach(), bias_of(head)
     if not outliers:
         raise InputError("The search needs at least one set of outliers.")
