@@ -132,6 +132,11 @@ class Table:
         marked = any(row.unpruned(name) for row in self.rows for name in self.detectors)
         return f"{UNPRUNED} nothing pruned: the detector scores the unpruned model" * marked
 
+    def same_as(self, detector: str) -> str | None:
+        """The detector that this one is in every row, since it prunes nothing; else None."""
+        others = {row.same_as(detector) for row in self.rows}
+        return others.pop() if len(others) == 1 else None
+
     def trials(self) -> list[str]:
         """How many combinations each detector tried, as a range where runs differ."""
         found = [
@@ -156,8 +161,13 @@ class Table:
             heads = [row.backbone, short(row.data), str(len(row.seeds))]
             values = [None if row.same_as(n) else row.mean(n) for n in self.detectors]
             lines.append((heads, shown, self.best(values)))
-        means = list(self.means().values())
-        shown = ["–" if mean is None else f"{mean:.1f}" for mean in means]
+        same, found = [self.same_as(name) for name in self.detectors], self.means().values()
+        shown = ["–" if mean is None else f"{mean:.1f}" for mean in found]
+        shown = [
+            f"{UNPRUNED} {other}" if other else text
+            for other, text in zip(same, shown, strict=True)
+        ]
+        means = [None if other else mean for other, mean in zip(same, found, strict=True)]
         lines.append((["mean", "", ""], shown, self.best(means)))
         return [*lines, (["trials", "", ""], self.trials(), [False] * len(means))]
 

@@ -99,6 +99,11 @@ def test_what_is_another_detector_is_named_instead_of_a_figure(
     fpr95, same = {"gen": 30.0, "opnp+gen": 30.0, "opnp": 30.0}, {"opnp+gen": "gen"}
     for seed in (0, 1):
         records.record_run(write_run(fpr95, chosen(seed=seed), pruned=0.0, same=same), {})
+    lines = compare("--markdown", "--detectors", "gen,opnp+gen").splitlines()
+    assert lines[4:6] == [
+        "| resnet | digits | 2 | **30.0** | = gen |",
+        "| mean |  |  | **30.0** | = gen |",
+    ]
     other = chosen("vit", seed=0)
     records.record_run(write_run(fpr95, other, pruned=0.0, same=same), {})
     records.record_run(write_run(fpr95, chosen("vit", seed=1), pruned=2.5), {})
@@ -107,6 +112,7 @@ def test_what_is_another_detector_is_named_instead_of_a_figure(
         "| resnet | digits | 2 | **30.0** | = gen | **30.0=** |",
         "| vit | digits | 2 | **30.0** | **30.0** | **30.0** |",  # which prunes for one seed
     ]
+    assert lines[6] == "| mean |  |  | **30.0** | **30.0** | **30.0** |"
     assert lines[-1] == "= nothing pruned: the detector scores the unpruned model."
     rows = json.loads(compare("--json"))["rows"]
     assert [row["same"] for row in rows] == [{"opnp+gen": "gen"}, {}]
