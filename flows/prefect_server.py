@@ -161,8 +161,11 @@ def gone(error: BaseException) -> str | None:
     """The sentence for an error that means the Prefect server went away; None for others."""
     import httpx
 
-    if not isinstance(error, httpx.TransportError):
-        return None
+    cause: BaseException | None = error  # as of a task that was refused a slot
+    while not isinstance(cause, httpx.TransportError):
+        if cause is None:
+            return None
+        cause = cause.__cause__
     return (
         f"The Prefect server {named() or 'of this run'} went away and did not come back in time: "
         "start it and run again to continue from here."

@@ -273,7 +273,13 @@ def hide_what_is_told() -> None:
         raised = record.exc_info[1] if record.exc_info else None
         if isinstance(raised, InputError) or (raised and prefect_server.gone(raised)):
             return False
-        hidden = ("InputError", "Crash detected!", "state Crashed", *prefect_server.GONE)
+        hidden = (
+            "InputError",
+            "Crash detected!",
+            "state Crashed",
+            "state Pending",  # of tasks that a flow which ends early leaves
+            *prefect_server.GONE,
+        )
         return not any(words in record.getMessage() for words in hidden)
 
     for name in ("prefect.flow_runs", "prefect.task_runs"):

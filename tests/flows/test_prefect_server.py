@@ -1,5 +1,6 @@
 """What all flows have in common: retries, and the run's one server."""
 
+import httpx
 import psutil
 import pytest
 from prefect import flow, task
@@ -67,3 +68,12 @@ def test_what_is_said_of_single_events_is_hidden(caplog: pytest.LogCaptureFixtur
         logger.filters.clear()
     logger.error("failed to process item")
     assert caplog.messages == ["failed to process item"]
+
+
+def test_a_server_that_went_away_is_told_whatever_that_kept_from_being_done() -> None:
+    lost = httpx.ConnectError("All connection attempts failed")
+    refused = RuntimeError("Unable to acquire concurrency slots")
+    assert prefect_server.gone(refused) is None
+    refused.__cause__ = lost
+    for error in (lost, refused):
+        assert "went away and did not come back" in str(prefect_server.gone(error))
