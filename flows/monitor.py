@@ -22,7 +22,7 @@ from opnp.pipeline import parameters
 from opnp.pipeline.parameters import Parameters
 from opnp.runtime.files import read_json, write_json
 from opnp.tracking import registry
-from opnp.tracking.mlflow_client import experiment_name
+from opnp.tracking.mlflow_client import experiment_id, experiment_name
 from opnp.workspace import Workspace
 
 __all__ = ["monitor", "watch"]
@@ -45,11 +45,9 @@ def log(workspace: Workspace, folder: Path, figures: dict[str, float]) -> None:
     """Append figures to the history of a folder, one MLflow run of the experiment."""
     from mlflow.entities import Metric
 
-    client, name = registry.registry(workspace), experiment_name()
-    place = str(folder.resolve())
+    client, place = registry.registry(workspace), str(folder.resolve())
     with registry.told(workspace):
-        known = client.get_experiment_by_name(name)
-        experiment = known.experiment_id if known else client.create_experiment(name)
+        experiment = experiment_id(client, workspace)
         found = client.search_runs([experiment], f"tags.{RUN} = '{place}'")
         run = found[0] if found else client.create_run(experiment, None, {RUN: place}, RUN)
         step = len(client.get_metric_history(run.info.run_id, "flagged"))

@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -84,13 +85,46 @@ def named() -> str | None:
 
 def answers(url: str) -> bool:
     """Whether a server answers at ``url``, no matter what it says."""
+    return asked(url) is not None
+
+
+def asked(url: str) -> int | None:
+    """The status with which a server answers at ``url``; None if none does."""
     try:
-        urllib.request.urlopen(f"{url}/health", timeout=ANSWER_LIMIT).close()
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, ValueError):
-        return False
-    return True
+        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=ANSWER_LIMIT) as answer:
+            # Prefect says true; its user interface answers any address with a page.
+            return int(answer.status) if answer.read(10).strip() == b"true" else 404
+    except urllib.error.HTTPError as error:
+        return int(error.code)
+    except (OSError, ValueError, HTTPException):
+        return None
+
+
+def check_named(url: str) -> None:
+    """Refuse a named server that cannot be used.
+
+    A server that wants to know who asks (401, 403) is left to Prefect, which tells it.
+
+    Raises:
+        InputError: none answers, it is no API of Prefect, or it fails.
+    """
+    status = asked(url)
+    if status is None:
+        raise InputError(
+            f"No Prefect server answers at {url}: start it, or unset PREFECT_API_URL (or the "
+            "profile's) for a temporary one."
+        )
+    if status == 404:
+        api = f"{url.rstrip('/').removesuffix('/api')}/api"
+        raise InputError(
+            f"{url} is not the API of a Prefect server: set PREFECT_API_URL to "
+            f"{api if api != url.rstrip('/') else 'its address, which ends with /api'}."
+        )
+    if status >= 500:
+        raise InputError(
+            f"The Prefect server at {url} fails (it answers with status {status}): look at its "
+            "log, or unset PREFECT_API_URL (or the profile's) for a temporary one."
+        )
 
 
 @contextmanager
@@ -98,16 +132,12 @@ def running() -> Iterator[None]:
     """Run the block against the run's Prefect server.
 
     Raises:
-        InputError: the server did not start, or the named one does not answer.
+        InputError: the server did not start, or the named one cannot be used.
     """
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     if url := named():
-        if not answers(url):
-            raise InputError(
-                f"No Prefect server answers at {url}: start it, or unset PREFECT_API_URL (or the "
-                "profile's) for a temporary one."
-            )
+        check_named(url)
         used.append(url)
         yield
         return

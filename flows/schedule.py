@@ -56,6 +56,30 @@ def due(lock: Path = LOCK) -> Iterator[None]:
         raise
 
 
+def check_cron(cron: str | None) -> None:
+    """Refuse a cron line that may mean two things.
+
+    Prefect takes a sixth field for seconds, but reads it last; other programs read it first.
+
+    Raises:
+        InputError: it has not five fields, nor a name such as @daily.
+    """
+    fields = cron.split() if cron is not None else []
+    if len(fields) > 5:
+        raise InputError(
+            f"--cron has {len(fields)} fields, {cron!r}: give five, minute, hour, day, month and "
+            "day of the week; runs cannot be timed by the second."
+        )
+
+
+def next_runs(cron: str) -> str:
+    """When the next three runs of a schedule in UTC are due."""
+    from prefect.server.schemas.schedules import CronSchedule
+
+    due = asyncio.run(CronSchedule(cron=cron, timezone="UTC").get_dates(3))
+    return ", ".join(f"{time:%Y-%m-%d %H:%M}" for time in due)
+
+
 def run(flow: Any, cron: str | None, interval: float | None, chosen: dict[str, str]) -> None:
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.filters import (
@@ -74,6 +98,7 @@ def run(flow: Any, cron: str | None, interval: float | None, chosen: dict[str, s
     from prefect.runner import Runner
     from prefect.states import Cancelled
 
+    check_cron(cron)
     try:
         deployment = flow.to_deployment(
             flow.name,
@@ -96,7 +121,7 @@ def run(flow: Any, cron: str | None, interval: float | None, chosen: dict[str, s
             client.delete_deployment(before.id)
     runner = Runner(flow.name, pause_on_shutdown=False)  # see `stay`
     made: Any = runner.add_deployment(deployment)
-    when = f'at "{cron}" (UTC)' if cron else f"every {interval:g} s"
+    when = f'at "{cron}" (UTC; next {next_runs(cron)})' if cron else f"every {interval:g} s"
     print(
         f"{flow.name} is served and runs {when}; "
         f"`prefect deployment run {flow.name}/{flow.name}` runs it now",

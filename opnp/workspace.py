@@ -74,6 +74,19 @@ class Workspace:
 
     tracking = Place("mlflow.db")
 
+    @property
+    def owner(self) -> "Workspace":
+        """The workspace that keeps the records of this one: itself.
+
+        ``dvc exp run --queue`` and ``--temp`` run in a copy of the workspace below its
+        ``.dvc/tmp/exps``, which DVC removes afterwards: records belong to the workspace around it.
+        """
+        root = self.root.resolve()
+        for folder in root.parents:
+            if root.is_relative_to(folder / ".dvc" / "tmp" / "exps"):
+                return Workspace(folder)
+        return self
+
     def images(self, name: str) -> Path:
         """The Parquet file of an image set, such as ``train`` or ``ood/letters``."""
         return self.data / f"{name}.parquet"

@@ -1,5 +1,6 @@
 """`opnp register`, `promote`, `rollback` and `serve`: detectors in MLflow's registry."""
 
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -66,8 +67,19 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 5000,
     max_bytes: Annotated[int, typer.Option(help="Largest request in bytes.", min=1)] = 50_000_000,
+    follow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ALIAS",
+            help="Serve the version with this alias, and within seconds of each promotion the new "
+            "one.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Serve a registered detector over HTTP with MLflow's protocol.
+
+    Each answer names the version that gave it in the header opnp-version.
 
     \b
     Example:
@@ -76,4 +88,5 @@ def serve(
     from opnp.deployment import http
     from opnp.tracking import registry
 
-    http.serve(registry.uri(here(), alias), host, port, max_bytes)
+    latest = partial(registry.served, here(), follow or alias)
+    http.serve(latest, host, port, max_bytes, follow is not None)

@@ -22,6 +22,7 @@ OTHERS = {
     "device": "choose another --device",
     "fit": "make one with `opnp fit`",
     "ood": "give --ood NAME=PATH",
+    "port": "name another with --port or --host",
     "trust": "name it with --trust if you trust it",
 }
 FIT = {

@@ -1,74 +1,116 @@
 """Serving a detector over HTTP, in MLflow's protocol."""
 
-from typing import TYPE_CHECKING, Any
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from opnp.errors import InputError, first_line
 
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+__all__ = ["Latest", "serve"]
 
-__all__ = ["serve"]
+Latest = Callable[[], tuple[str, str]]
+"""Tells the version that is to be served now, and the URI of its MLflow model."""
+
+LOOK = 10.0  # seconds between two looks at what is to be served
+SCORING = 600  # seconds that the answer to a request may take
+
+log = logging.getLogger(__name__)
 
 
-def serve(uri: str, host: str, port: int, max_bytes: int) -> None:
+def serve(latest: Latest, host: str, port: int, max_bytes: int, follow: bool = False) -> None:
     """Answer MLflow's scoring protocol until stopped.
 
+    Every answer states in the header ``opnp-version`` which version gave it. Connections whose
+    requests do not come in time are closed; see `opnp.deployment.guard`.
+
     Args:
-        uri: URI of an MLflow model; see `opnp.deployment.mlflow_model`.
+        latest: tells what to serve; see `opnp.deployment.mlflow_model` for the model.
         host: address to listen on; 127.0.0.1 admits this machine only.
         port: port to listen on.
         max_bytes: size in bytes above which a request is refused.
+        follow: serve another version as soon as ``latest`` tells one, without a pause.
+
+    Raises:
+        InputError: the model cannot be loaded, or the port cannot be listened on.
+    """
+    import uvicorn
+
+    from opnp.deployment.guard import Guarded, Timed
+
+    check_address(host, port)  # before work that takes seconds
+    os.environ.setdefault("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", str(SCORING))
+    version, uri = latest()
+    guarded = Guarded(application(uri), max_bytes, version)
+    ended = threading.Event()
+    if follow:
+        threading.Thread(target=watch, args=(guarded, latest, ended), daemon=True).start()
+    listener = check_address(host, port, keep=True)
+    server = uvicorn.Server(uvicorn.Config(guarded, host=host, port=port, http=Timed))
+    try:
+        server.run(sockets=[listener])
+    finally:
+        ended.set()
+
+
+def check_address(host: str, port: int, keep: bool = False) -> Any:
+    """Listen on an address, for a moment or, with ``keep``, for good.
+
+    Raises:
+        InputError: another program listens there, or the address is none of this machine.
+    """
+    import socket
+
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        reason = error.strerror or first_line(error)
+        raise InputError(
+            f"The server cannot listen on {host}, port {port} ({reason}).", "port"
+        ) from None
+    if keep:
+        return listener
+    return listener.close()
+
+
+def application(uri: str) -> Any:
+    """MLflow's application for a model.
 
     Raises:
         InputError: the model cannot be loaded.
     """
-    import uvicorn
     from mlflow import pyfunc
     from mlflow.exceptions import MlflowException
     from mlflow.pyfunc import scoring_server
 
+    forget_code()
     try:
-        model = pyfunc.load_model(uri)
+        return scoring_server.init(pyfunc.load_model(uri))
     except MlflowException as error:
         raise InputError(f"{uri} cannot be loaded ({first_line(error)}).") from None
-    application: Any = limited(scoring_server.init(model), max_bytes)
-    uvicorn.run(application, host=host, port=port)
 
 
-def limited(application: "ASGIApp", max_bytes: int) -> "ASGIApp":
-    """Wrap an application to refuse requests with a body of more than ``max_bytes`` (status 413).
+def forget_code() -> None:
+    """Forget the users' modules of models loaded before, so that the next one imports its own."""
+    old = [path for path in sys.path if (Path(path).parent / "MLmodel").is_file()]
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None) or ""
+        if name.partition(".")[0] != "opnp" and file.startswith(tuple(f"{path}/" for path in old)):
+            del sys.modules[name]
+    sys.path[:] = [path for path in sys.path if path not in old]
 
-    MLflow's server reads a body of any size into memory before the model sees it. Starlette's own
-    limit raises an error inside the application, which MLflow's time limit turns into status 500,
-    so the body is read here, before the application is called.
-    """
-    from starlette.datastructures import Headers
-    from starlette.responses import JSONResponse
 
-    message = f"A request may hold at most {max_bytes} bytes."
-    refusal = JSONResponse(
-        {"error_code": "BAD_REQUEST", "message": message}, 413, {"connection": "close"}
-    )
-
-    async def call(scope: "Scope", receive: "Receive", send: "Send") -> None:
-        if scope["type"] != "http":
-            return await application(scope, receive, send)
-        stated = Headers(scope=scope).get("content-length", "0")
-        if not stated.isdecimal() or int(stated) > max_bytes:
-            return await refusal(scope, receive, send)
-        parts: list[Message] = []
-        size, more = 0, True
-        while more:
-            part = await receive()
-            size += len(part.get("body", b""))
-            if size > max_bytes:
-                return await refusal(scope, receive, send)
-            parts.append(part)
-            more = part.get("more_body", False)
-
-        async def again() -> "Message":
-            return parts.pop(0) if parts else await receive()
-
-        return await application(scope, again, send)
-
-    return call
+def watch(guarded: Any, latest: Latest, ended: threading.Event) -> None:
+    """Replace what is served whenever another version is the latest; what fails is tried again."""
+    while not ended.wait(LOOK):
+        try:
+            version, uri = latest()
+            if version != guarded.served[1]:
+                guarded.served = application(uri), version
+                log.warning("Version %s is served now.", version)
+        except Exception as error:  # of MLflow, its store or the network: the old version stays
+            log.warning("What is to be served could not be looked up (%s).", first_line(error))

@@ -11,8 +11,6 @@ as base64. A request above the limits is refused before an image is decoded.
 import base64
 import binascii
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
-from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from pydantic import Field
 
 import opnp
 from opnp.data.decoding import check_header, decode
+from opnp.deployment.bundle import check, needs, pin
 from opnp.deployment.detector import SavedDetector
 from opnp.deployment.detector import load as load_detector
 from opnp.errors import InputError
@@ -31,7 +30,7 @@ __all__ = ["Limits", "Served", "save"]
 
 REQUIREMENTS = (
     "mlflow", "torch", "torchvision", "numpy", "scipy", "pandas", "pyarrow", "pillow",
-    "safetensors", "lazy-loader", "pydantic", "fsspec", "fastapi", "uvicorn",
+    "safetensors", "lazy-loader", "packaging", "pydantic", "fsspec", "fastapi", "uvicorn",
 )  # fmt: skip
 """What this module imports, with all modules of `opnp` that it needs."""
 
@@ -144,49 +143,36 @@ def save(detector: Path, path: Path, trust: str | None = None, **kwargs: Any) ->
         The detector.
 
     Raises:
-        InputError: the detector's folder is damaged, or its model's code is not trusted.
+        InputError: the detector's folder is damaged, its model's code is not trusted, or it cannot
+            be loaded with what was saved of it.
     """
     from mlflow import pyfunc
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
 
     loaded = load_detector(detector, trust=trust)
+    own, more = needs(trust.partition(":")[0]) if trust else ([], set())
+    if loaded.backbone.spec["name"].startswith("timm:"):
+        more.add("timm")
+    libraries = [*REQUIREMENTS, *sorted(more - set(REQUIREMENTS))]
     config: dict[str, Any] = Limits().model_dump() | ({"trust": trust} if trust else {})
     columns = {"score": DataType.double, "is_ood": DataType.boolean, "predicted": DataType.string}
     pyfunc.save_model(
         str(path),
         loader_module="opnp.deployment.mlflow_model",
         data_path=str(detector),
-        code_paths=code(trust),
+        code_paths=[str(Path(str(opnp.__file__)).parent), *map(str, own)],
         model_config=config,
         signature=ModelSignature(
             Schema([ColSpec(DataType.binary, "image")]),
             Schema([ColSpec(of, name) for name, of in columns.items()]),
         ),
         input_example=example(loaded),
-        pip_requirements=requirements(loaded),
+        pip_requirements=[pin(each) for each in libraries],
         **kwargs,
     )
+    check(path, libraries, [Path(str(opnp.__file__)).parent, *own])
     return loaded
-
-
-def requirements(detector: SavedDetector) -> list[str]:
-    """The installed versions of the libraries that scoring needs."""
-    timm = ["timm"] if detector.backbone.spec["name"].startswith("timm:") else []
-    return [f"{name}=={version(name)}" for name in (*REQUIREMENTS, *timm)]
-
-
-def code(trust: str | None) -> list[str]:
-    """Paths of the code that scoring needs: this package, and the user's package or file."""
-    paths = [str(Path(str(opnp.__file__)).parent)]
-    if trust:
-        found = find_spec(trust.partition(":")[0].partition(".")[0])
-        if found is None or found.origin is None:
-            raise InputError(f"The code of {trust} is not in a file, so it cannot be copied.")
-        file = Path(found.origin)
-        if "site-packages" not in file.parts:  # else the server must install it, too
-            paths.append(str(file.parent if found.submodule_search_locations else file))
-    return paths
 
 
 def example(detector: SavedDetector) -> Any:

@@ -88,6 +88,9 @@ def log_or_wait(workspace: Workspace) -> None:
         return
     for folder, error in log_waiting(workspace).items():
         if error:
+            if workspace.owner != workspace:  # DVC is about to remove this copy
+                workspace.owner.unlogged.mkdir(parents=True, exist_ok=True)
+                folder = Path(shutil.move(folder, workspace.owner.unlogged))
             logger.warning(
                 "MLflow at %s could not be reached, or refused the run (%s): it waits in %s and is "
                 "logged with the next.",
@@ -218,7 +221,7 @@ def log_waiting(workspace: Workspace) -> dict[Path, Exception | None]:
     for folder in waiting(workspace):
         try:
             client = mlflow.MlflowClient(tracking_uri(workspace))
-            log(client, experiment_id(client), folder)
+            log(client, experiment_id(client, workspace), folder)
             shutil.rmtree(folder)
             outcomes[folder] = None
         except Exception as error:  # whatever the server, the network, its database or a disk raise

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from opnp.tracking.mlflow_client import experiment_id
+from opnp.workspace import Workspace
 
 __all__ = ["log_model"]
 
 
 def log_model(
     client: Any,
+    workspace: Workspace,
     folder: Path,
     run: str | None = None,
     trust: str | None = None,
@@ -20,6 +22,7 @@ def log_model(
 
     Args:
         client: an `MlflowClient`.
+        workspace: whose MLflow it is.
         folder: the detector's folder.
         run: id of the run that made the detector; by default the pipeline run that trained its
             backbone, or a new run if there is none.
@@ -43,7 +46,7 @@ def log_model(
     about = load(folder, trust=trust).describe()
     backbone = str(about["model"]["name"])
     found, now = about["made"]["search"], int(time.time() * 1000)
-    experiment = experiment_id(client)
+    experiment = experiment_id(client, workspace)
     tags = {"backbone": backbone, "detector.digest": about["digest"]}
     run = run or run_of(client, experiment, about["made"].get("backbone"))
     own = run is None

@@ -17,11 +17,25 @@ import torch
 from opnp.deployment.detector import SavedDetector
 from opnp.deployment.detector import load as load_detector
 from opnp.errors import InputError, first_line
-from opnp.tracking.mlflow_client import experiment_name, quiet_mlflow, tracking_uri
+from opnp.tracking.mlflow_client import (
+    experiment_name,
+    keep_files_here,
+    quiet_mlflow,
+    tracking_uri,
+)
 from opnp.tracking.models import log_model
 from opnp.workspace import Workspace
 
-__all__ = ["CHALLENGER", "CHAMPION", "champion", "load", "promote", "register", "rollback", "uri"]
+__all__ = [
+    "CHALLENGER",
+    "CHAMPION",
+    "champion",
+    "load",
+    "promote",
+    "register",
+    "rollback",
+    "served",
+]
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 REPLACED, DIGEST = "replaced", "detector.digest"
@@ -64,7 +78,7 @@ def register(
         if known:
             version = str(known[0].version)
         else:
-            model = log_model(client, Path(folder), run, trust, metrics)
+            model = log_model(client, workspace, Path(folder), run, trust, metrics)
             tags = {DIGEST: detector.digest}
             made = client.create_model_version(
                 name, f"models:/{model.model_id}", run, tags, model_id=model.model_id
@@ -178,17 +192,18 @@ def load(
         return load_detector(detector, device, trust)
 
 
-def uri(workspace: Workspace, alias: str) -> str:
-    """The URI of the model with an alias, which MLflow in this process can load.
+def served(workspace: Workspace, alias: str) -> tuple[str, str]:
+    """The version with an alias, and the URI of its model, which MLflow in this process can load.
 
     Raises:
         InputError: no version has the alias, or MLflow cannot be reached.
     """
     client, name = registry(workspace), experiment_name()
     with told(workspace):
-        if alias not in aliases_of(client, name):
-            raise InputError(f"No version of {name} has the alias {alias}.", alias)
-    return f"models:/{name}@{alias}"
+        version = aliases_of(client, name).get(alias)
+    if version is None:
+        raise InputError(f"No version of {name} has the alias {alias}.", alias)
+    return version, f"models:/{name}/{version}"
 
 
 def registry(workspace: Workspace) -> Any:
@@ -198,7 +213,10 @@ def registry(workspace: Workspace) -> Any:
     """
     mlflow, uri = quiet_mlflow(), tracking_uri(workspace)
     mlflow.set_tracking_uri(uri)
-    return mlflow.MlflowClient(uri, registry_uri=uri)
+    client = mlflow.MlflowClient(uri, registry_uri=uri)
+    with told(workspace):
+        keep_files_here(client, workspace)
+    return client
 
 
 def aliases_of(client: Any, name: str) -> dict[str, str]:

@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 from opnp.cli import app
-from opnp.deployment import mlflow_model
+from opnp.deployment import bundle, http, mlflow_model
 from opnp.deployment.detector import SavedDetector
 from opnp.deployment.detector import load as load_detector
 from opnp.errors import InputError
@@ -158,7 +158,7 @@ def test_what_is_logged(registered: Path) -> None:
     import mlflow
     import pandas as pd
 
-    model = mlflow.pyfunc.load_model(registry.uri(HERE, "champion"))
+    model = mlflow.pyfunc.load_model(registry.served(HERE, "champion")[1])
     files = sorted(Path("images/others").iterdir())[:3]
     found = model.predict(pd.DataFrame({"image": [file.read_bytes() for file in files]}))
     detector = registry.champion(HERE, SPEC)
@@ -168,7 +168,7 @@ def test_what_is_logged(registered: Path) -> None:
     assert found["is_ood"].tolist() == expected.is_ood.tolist()
     assert found["predicted"].tolist() == expected.predicted
     assert len(model.predict(model.input_example)) == 1
-    uri = registry.uri(HERE, "champion")
+    uri = registry.served(HERE, "champion")[1]
     folder = Path(mlflow.artifacts.download_artifacts(uri, dst_path="got"))
     lines = (folder / "requirements.txt").read_text().split()
     assert all(re.fullmatch(r"[a-z-]+==[\w.+]+", line) for line in lines), lines
@@ -266,19 +266,61 @@ def test_mlflow_serves_it(registered: Path, detector_folder: Path) -> None:
         assert ask(address, rows(*images)) == (200, good)  # it lives on
 
 
+HEAD = b"POST /invocations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+
+
 def check_limits(address: str, port: int, image: bytes) -> None:
     """The server refuses requests of more than 100,000 bytes, and goes on serving."""
     status, good = ask(address, rows(image))
     assert status == 200, good
-    status, bad = ask(address, b" " * 100_001)
-    assert (status, bad["message"]) == (413, "A request may hold at most 100000 bytes.")
+    for size in (100_001, 30_000_000):  # urllib sends all of it before it reads
+        status, bad = ask(address, b" " * size)
+        assert (status, bad["message"]) == (413, "A request may hold at most 100000 bytes.")
     with socket.create_connection(("127.0.0.1", port)) as wire:  # of no stated length
-        wire.sendall(
-            b"POST /invocations HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-            b"transfer-encoding: chunked\r\n\r\n" + (b"8000\r\n" + b" " * 0x8000 + b"\r\n") * 4
-        )
+        chunk = b"8000\r\n" + b" " * 0x8000 + b"\r\n"
+        wire.sendall(HEAD + b"transfer-encoding: chunked\r\n\r\n" + chunk * 4)
         assert wire.recv(1000).startswith(b"HTTP/1.1 413")
     assert ask(address, rows(image)) == (200, good)
+
+
+def check_mistakes(address: str, image: bytes) -> None:
+    """What the client did wrong is told as such."""
+    encoded = base64.b64encode(image).decode()
+    plain = json.dumps(rows(image)).encode()
+    for headers, status in (({"content-type": ""}, 415), ({"content-type": "text/plain"}, 415)):
+        assert ask(address, plain, headers)[0] == status
+    for body, said in (
+        (b"[" * 9_000 + b"]" * 9_000, "nested too deeply"),
+        (b"[" * 40_000 + b"]" * 40_000, "more than 20000 values"),
+        (b'{"inputs": ' + b"9" * 50_000 + b"}", "not valid JSON"),
+        (plain.replace(encoded.encode(), encoded[:20].encode() + b"\\n"), "not base64"),
+        (plain.replace(encoded.encode(), b"-_-_"), "not base64"),
+        (rows(b""), "has no bytes"),
+        (b"", "not valid JSON"),
+    ):
+        status, bad = ask(address, body)
+        assert (status, said in bad["message"]) == (400, True), bad
+
+
+def check_slow_clients(address: str, port: int, image: bytes) -> None:
+    """Clients that send nothing more are sent away, and others are answered meanwhile."""
+    beginnings = [b"", HEAD, HEAD + b"content-length: 1000\r\n\r\n{"] * 7
+    wires = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in beginnings]
+    for wire, beginning in zip(wires, beginnings, strict=True):
+        wire.sendall(beginning)
+    assert ask(address, rows(image))[0] == 200
+    for wire in wires:
+        with wire:
+            assert wire.recv(1000).startswith(b"HTTP/1.1 408")
+            while wire.recv(1000):
+                pass
+
+
+def version_at(address: str, image: bytes) -> str:
+    """The version that the header of an answer names."""
+    body = json.dumps(rows(image)).encode()
+    with urlopen(Request(f"{address}/invocations", body, JSON), timeout=60) as answer:
+        return str(answer.headers["opnp-version"])
 
 
 def run_line(line: str, folder: Path, patch: pytest.MonkeyPatch) -> None:
@@ -313,8 +355,70 @@ def test_the_page(registered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = next((registered / "images" / "others").iterdir()).read_bytes()
     with started(words, registered, port) as address:
         check_limits(address, port, image)
+        check_mistakes(address, image)
+        check_slow_clients(address, port, image)
+        served = version_at(address, image)
+        assert served == registry.served(HERE, "champion")[0]
         for line in after:
             run_line(line.replace("5000", str(port)), registered, monkeypatch)
         names: dict[str, Any] = {}
         exec(python.replace("5000", str(port)), names)
         assert names["answer"]["predictions"][0]["predicted"] in own_model.CLASSES
+        late, now = time.monotonic() + 300, registry.served(HERE, "champion")[0]
+        assert now != served  # the page has rolled back
+        while version_at(address, image) != now:
+            assert time.monotonic() < late, (registered / "server.log").read_text()
+            time.sleep(0.5)
+
+
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1, port {port} "):
+            http.serve(lambda: ("1", "models:/none"), "127.0.0.1", port, 1000)
+    with pytest.raises(InputError, match=r"cannot listen on 203\.0\.113\.7"):
+        http.serve(lambda: ("1", "models:/none"), "203.0.113.7", port, 1000)
+
+
+def test_the_users_modules_and_their_libraries_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in {
+        "maker_one.py": "import os, torch\nfrom blocks_one import Body",
+        "blocks_one/__init__.py": "from . import parts",
+        "blocks_one/parts.py": "def late():\n    import shapes_one, timm.layers",
+        "shapes_one.py": "import maker_one, not_installed_anywhere",
+        "other_one.py": "import rich",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    own, libraries = bundle.needs("maker_one")
+    assert {path.relative_to(tmp_path).as_posix() for path in own} == {
+        "maker_one.py", "blocks_one", "shapes_one.py",
+    }  # fmt: skip
+    assert libraries == {"torch", "timm"}
+
+
+def test_local_builds_are_required_by_their_public_version(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bundle, "version", lambda name: "2.15.0+cu128")
+    assert bundle.pin("torch") == "torch==2.15.0"
+
+
+@pytest.mark.slow
+def test_what_cannot_be_loaded_alone_is_not_registered(
+    own: Path, detector_folder: Path, tmp_path: Path
+) -> None:
+    """Neither with a library that is not required, nor without the user's own code."""
+    bundle_of = tmp_path / "model"
+    mlflow_model.save(detector_folder, bundle_of, SPEC)
+    code = bundle_of / "code" / "network.py"
+    code.write_text("import timm\n" + (own / "network.py").read_text())
+    with pytest.raises(InputError, match="No module named 'timm'"):
+        bundle.check(bundle_of, mlflow_model.REQUIREMENTS, [own / "network.py"])
+    bundle.check(bundle_of, [*mlflow_model.REQUIREMENTS, "timm"], [own / "network.py"])
+    code.unlink()
+    with pytest.raises(InputError, match="No module named 'network'"):
+        bundle.check(bundle_of, mlflow_model.REQUIREMENTS, [own / "network.py"])

@@ -161,15 +161,9 @@ def test_what_the_search_chose_is_among_its_trials_and_in_its_masks(workspace: P
         best = {key: record[key] for key in unpruned}
         assert best in [{key: trial[key] for key in unpruned} for trial in trials]
         assert allowed(record)
-        accurate = [
-            trial["fpr95"]
-            for trial in trials
-            if allowed(trial)
-            and trial["accuracy"] >= unpruned["accuracy"] - chosen.search.max_accuracy_drop
-        ]
-        assert record["accuracy"] >= unpruned["accuracy"] - chosen.search.max_accuracy_drop
-        assert record["lowest"] == pytest.approx(min(accurate))
-        assert 1 <= record["within_noise"] <= len(accurate)
+        possible = [trial["fpr95"] for trial in trials if allowed(trial)]
+        assert record["lowest"] == pytest.approx(min(possible))
+        assert 1 <= record["within_noise"] <= len(possible)
         assert record["interval"]["low"] <= record["fpr95"] <= record["interval"]["high"]
         assert record["instability"] >= 0
     measured = Run(HERE, chosen).sensitivities
@@ -184,9 +178,9 @@ def test_pruning_beats_energy_without_seeing_outliers(finished: Path) -> None:
     detectors = read(finished / HERE.metrics)["detectors"]
     fpr95 = {name: of["mean"]["fpr95"] for name, of in detectors.items()}
     assert 15 < fpr95["energy"] < 60
-    assert fpr95["onp"] < fpr95["energy"]
     assert fpr95["opnp+react"] < fpr95["energy"]
-    assert fpr95["opnp"] < fpr95["energy"] + 3  # the mask that prunes least within noise
+    for method in ("onp", "opnp"):  # the mask that prunes least within noise
+        assert fpr95[method] < fpr95["energy"] + 3
 
 
 def test_metrics_and_intervals_hold_every_detector_set_and_metric(finished: Path) -> None:
@@ -490,7 +484,7 @@ def test_mlflow_holds_the_run(workspace: Path) -> None:
     assert logged["opnp-react/near/auroc"] == metrics["detectors"]["opnp+react"]["near"]["auroc"]
     assert logged["id/opnp/accuracy"] == metrics["id"]["opnp"]["accuracy"]
     assert logged["seconds/train"] > 0
-    assert run.data.params["search/max_accuracy_drop"] == "1.0"
+    assert run.data.params["search/max_accuracy_drop"] == "None"
     assert run.data.tags["backbone"] == "resnet"
     assert len(run.data.tags["mlflow.source.git.commit"]) == 40
     from mlflow import MlflowClient

@@ -27,6 +27,7 @@ from opnp.pipeline.results.search import CANDIDATE, CHOICE, COUNTS, SETTING
 from opnp.pruning.methods import METHODS
 from opnp.runtime.files import write_csv, write_json
 from opnp.tracking import history, mlflow_client, models
+from opnp.workspace import Workspace
 from tests.conftest import HERE
 from tests.helpers.runs import write_backbone
 
@@ -206,7 +207,7 @@ def test_a_detector_joins_the_latest_run_that_trained_its_backbone(here: Path) -
     first, _ = logged()
     sha256 = written.backbone_stated.sha256
     client = MlflowClient(mlflow_client.tracking_uri(HERE))
-    experiment = mlflow_client.experiment_id(client)
+    experiment = mlflow_client.experiment_id(client, HERE)
     assert models.run_of(client, experiment, sha256) == first.info.run_id  # no child of it
     assert models.run_of(client, experiment, "c") is None
     assert models.run_of(client, experiment, None) is None
@@ -409,3 +410,59 @@ def test_a_run_whose_server_dies_while_it_is_logged_is_logged_once(
                 (seed, name) for seed in (0, 1) for name in sorted([*DETECTORS, "odin"])
             ]
             assert len({run.run for run in runs}) == 2
+
+
+def artifacts(workspace: Path) -> set[Path]:
+    return {path for path in (workspace / "mlruns").rglob("*") if path.is_file()}
+
+
+def test_a_run_in_dvcs_copy_is_recorded_by_the_workspace_around_it(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `dvc exp run --queue` and `--temp` make them, before they remove the copy."""
+    records.record_run(write_run(DETECTORS), {})
+    around = Workspace(Path.cwd())
+    for place in ("standard/tmpa1", "tmpb2"):
+        copy = here / ".dvc" / "tmp" / "exps" / place
+        copy.mkdir(parents=True)
+        monkeypatch.chdir(copy)
+        records.record_run(write_run(DETECTORS, chosen(seed=len(place))), {})
+        assert not list(copy.glob("ml*"))
+    monkeypatch.chdir(here)
+    shutil.rmtree(here / ".dvc")
+    found = history.detector_runs(around, "opnp")
+    assert {run.seed for run in found} == {0, 5, 14}
+    assert len({path.parent.parent for path in artifacts(here)}) == 3
+
+
+def test_a_run_in_dvcs_copy_waits_in_the_workspace_around_it(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = here / ".dvc" / "tmp" / "exps" / "standard" / "tmpa1"
+    copy.mkdir(parents=True)
+    (here / "mlflow.db").unlink()
+    (here / "mlflow.db").mkdir()  # a database that cannot be opened
+    monkeypatch.chdir(copy)
+    records.record_run(write_run(DETECTORS), {})
+    assert not records.waiting(HERE)
+    assert len(records.waiting(Workspace(here))) == 1
+
+
+def test_a_copied_workspace_writes_into_itself(
+    here: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    records.record_run(write_run(DETECTORS), {})
+    copy = tmp_path_factory.mktemp("copies") / "copy"
+    shutil.copytree(here, copy)
+    before = artifacts(here)
+    monkeypatch.chdir(copy)
+    records.record_run(write_run(DETECTORS), {})
+    assert artifacts(here) == before
+    assert len(artifacts(copy)) == 2 * len(before)
+    shutil.rmtree(here / "mlruns")
+    client = MlflowClient(mlflow_client.tracking_uri(HERE))
+    for run in client.search_runs([mlflow_client.experiment_id(client, HERE)]):
+        if "record" in run.data.tags and mlflow_client.PARENT not in run.data.tags:
+            assert client.list_artifacts(run.info.run_id)
