@@ -335,7 +335,7 @@ def test_of_two_pipelines_at_once_the_second_ends_and_the_first_finishes(
     many: Path, prefect_api: str
 ) -> None:
     """And `dvc repro` too; the first is halted meanwhile, so that they come in the midst of it."""
-    mask = digest(HERE.mask)
+    trials = digest(HERE.trials)
     first = start("flows.pipeline", PREFECT_API_URL=prefect_api)
     wait_for(first, 5)
     first.send_signal(signal.SIGSTOP)
@@ -350,7 +350,7 @@ def test_of_two_pipelines_at_once_the_second_ends_and_the_first_finishes(
     first.send_signal(signal.SIGCONT)
     _, errors = first.communicate(timeout=LIMIT)
     assert first.returncode == 0, errors
-    assert digest(HERE.mask) != mask  # of a smaller search
+    assert digest(HERE.trials) != trials  # of a smaller search
     assert run_program("dvc", "status", "--json", cwd=many).stdout.strip() == "{}"
     found = contents(many)
     for stage in (stages.features, stages.sensitivity, stages.search):

@@ -638,6 +638,7 @@ def test_real_outliers_are_searched_and_tuned_on(workspace: Path, prefect_api: s
             "data.far": {"letters": "letters", "noise": "noise"},
             "search.outliers": {"patches": "photo-patches"},
             "search.proxies": ["blobs"],
+            "search.reported": [],
         },
     )
     chosen = parameters.load()
