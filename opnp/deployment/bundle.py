@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.machinery import ModuleSpec
-from importlib.metadata import packages_distributions, version
+from importlib.metadata import distributions, packages_distributions, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -105,12 +105,20 @@ import importlib.abc, importlib.metadata, json, os, re, sys
 folder, hidden, folders = json.loads(sys.argv[1])
 sys.path[:] = [path for path in sys.path if os.path.realpath(path or ".") not in folders]
 
-class Hide(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name in hidden:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+class Hide(importlib.abc.MetaPathFinder):  # as if not installed, also to those who only ask
+    def __init__(self, finders):
+        self.finders = finders
 
-sys.meta_path.insert(0, Hide())
+    def find_spec(self, name, path=None, target=None):
+        found = (each.find_spec(name, path, target) for each in self.finders)
+        return None if name in hidden else next(filter(None, found), None)
+
+    def find_distributions(self, *context):
+        for each in self.finders:
+            if hasattr(each, "find_distributions"):
+                yield from each.find_distributions(*context)
+
+sys.meta_path[:] = [Hide([*sys.meta_path])]
 from mlflow import pyfunc
 model = pyfunc.load_model(folder)
 scores = model.predict(model.input_example)["score"]
@@ -153,11 +161,13 @@ def check(folder: Path, libraries: Iterable[str], code: Iterable[Path]) -> None:
 
 def unneeded(libraries: Iterable[str]) -> set[str]:
     """The modules of installed libraries that no requirement leads to."""
-    from importlib.metadata import PackageNotFoundError, requires
-
     from packaging.requirements import Requirement
     from packaging.utils import canonicalize_name
 
+    # Of a name there may be several, such as a build of one's own before the public one.
+    stated: dict[str, list[str]] = {}
+    for each in distributions():
+        stated.setdefault(canonicalize_name(each.name), []).extend(each.requires or ())
     wanted: set[str] = set()
     waiting = [canonicalize_name(each) for each in libraries]
     while waiting:
@@ -165,10 +175,7 @@ def unneeded(libraries: Iterable[str]) -> set[str]:
         if name in wanted:
             continue
         wanted.add(name)
-        try:
-            waiting += [canonicalize_name(Requirement(each).name) for each in requires(name) or ()]
-        except PackageNotFoundError:  # of an extra that is not installed
-            continue
+        waiting += [canonicalize_name(Requirement(each).name) for each in stated.get(name, ())]
     modules = packages_distributions().items()
     return {
         module
