@@ -19,6 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 from benchmarks.backbones import IMAGE_DETECTORS, measure, show, summary
 from opnp.data.imagesets import IMAGE
@@ -28,13 +29,29 @@ from opnp.pipeline import parameters
 from opnp.pipeline.parameters import Parameters
 from opnp.runtime.files import atomic
 
-__all__ = ["main", "prepare"]
+__all__ = ["OOD", "jpeg", "main", "mnist", "prepare"]
 
 OOD = {
     "tiny-imagenet": "tiny-imagenet-val-minus-cifar10.parquet",
     "textures": "textures-96px.parquet",
     "mnist": "mnist",
 }
+
+
+def mnist(data: Path, folder: Path) -> Path:
+    """A folder of the MNIST test set alone, which `opnp` reads as one source."""
+    place = folder / "mnist"
+    place.mkdir(parents=True, exist_ok=True)
+    for file in data.glob("t10k-*"):
+        shutil.copy2(file, place)
+    return place
+
+
+def jpeg(image: Image.Image) -> bytes:
+    """An image as the CIFAR-10 images here are: 32 × 32, of quality 75."""
+    encoded = BytesIO()
+    fit(image, 32, "RGB").save(encoded, "JPEG", quality=75)
+    return encoded.getvalue()
 
 
 def prepare(data: Path, folder: Path) -> None:
@@ -47,17 +64,10 @@ def prepare(data: Path, folder: Path) -> None:
         metadata = {"huggingface": json.dumps({"info": {"features": features}})}
         with atomic(folder / f"{split}.parquet") as temporary:
             pq.write_table(table.replace_schema_metadata(metadata), temporary)
-    mnist = folder / "mnist"
-    mnist.mkdir(exist_ok=True)
-    for file in data.glob("t10k-*"):
-        shutil.copy2(file, mnist)
     for name, source in OOD.items():
-        rows = []
-        spec = str(mnist if source == "mnist" else data / source)
-        for image, _ in open_ood(spec, size=32, seed=0):
-            encoded = BytesIO()
-            fit(image, 32, "RGB").save(encoded, "JPEG", quality=75)
-            rows.append({"bytes": encoded.getvalue(), "path": None})
+        spec = str(mnist(data, folder) if source == "mnist" else data / source)
+        found = open_ood(spec, size=32, seed=0)
+        rows = [{"bytes": jpeg(image), "path": None} for image, _ in found]
         columns = {"image": pa.array(rows, IMAGE), "label": pa.array([-1] * len(rows), pa.int64())}
         with atomic(folder / f"{name}.parquet") as temporary:
             pq.write_table(pa.table(columns), temporary)

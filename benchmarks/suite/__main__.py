@@ -97,15 +97,13 @@ def goals(figures: Mapping[str, Mapping[str, float]], ratio: Any, rows: list[str
     kept = mean(
         (of["energy"] - of["opnp+react"]) / (of["energy"] - of["oracle"]) for of in figures.values()
     )
-    singles = [row for row in SINGLES if row in rows]
-    excess = {
-        group: min(of[AUTOMATIC] - min(of[row] for row in singles), 1e9)
-        for group, of in figures.items()
+    lowest = {
+        group: min(of[row] for row in SINGLES if row in rows) for group, of in figures.items()
     }
+    excess = [of[AUTOMATIC] - lowest[group] for group, of in figures.items()]
     near = all(
-        of[AUTOMATIC] <= max(1.1 * best, best + 1)
-        for of in figures.values()
-        for best in [min(of[row] for row in singles)]
+        of[AUTOMATIC] <= max(1.1 * lowest[group], lowest[group] + 1)
+        for group, of in figures.items()
     )
     partners = [row.split("&")[1] for row in FUSIONS if row.startswith("energy&") and row in rows]
     gains = {
@@ -125,7 +123,7 @@ def goals(figures: Mapping[str, Mapping[str, float]], ratio: Any, rows: list[str
         goal(
             "chosen automatically within 1.1 × or 1 point of the best single detector on each set; "
             "largest excess in points",
-            max(excess.values()),
+            max(excess),
             near,
         ),
         goal(
@@ -154,7 +152,7 @@ def wanted(only: str | None) -> list[str]:
     found = [name for name in SETS if any(name == a or name.startswith(f"{a}-") for a in asked)]
     for each in asked:
         if not any(name == each or name.startswith(f"{each}-") for name in SETS):
-            raise SystemExit(f"There is no set {each!r}: choose from {', '.join(SETS)}.")
+            raise SystemExit(f"There is no set named {each!r}; the sets are {', '.join(SETS)}.")
     return found
 
 

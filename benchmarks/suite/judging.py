@@ -21,16 +21,10 @@ from opnp.detectors.fusion import Fusion
 from opnp.errors import InputError, UnavailableError
 from opnp.metrics.separation import fpr95_auroc
 from opnp.pruning.candidates import Trial
-from opnp.pruning.clipping import clip_thresholds
+from opnp.pruning.clipping import by_threshold, clip_thresholds
 from opnp.pruning.methods import METHODS
 from opnp.pruning.search import SearchResult, search_masks
-from opnp.pruning.sensitivity import (
-    Sensitivity,
-    SensitivitySums,
-    added,
-    of_halves,
-    sums_of_halves,
-)
+from opnp.pruning.sensitivity import Sensitivity, measure
 from opnp.pruning.settings import SearchSettings
 from opnp.pruning.table import Judge
 from opnp.runtime.progress import track
@@ -49,7 +43,6 @@ FUSIONS = [f"{ours}&{other}" for other in PARTNERS for ours in ("energy", "opnp+
 AUTOMATIC = [*SINGLES, "opnp+react", "opnp+react&vim", "opnp+react&mahalanobis++"]
 """What the automatic choice chooses among."""
 
-BLOCK = 2048  # training samples at once
 BUDGET = 12  # combinations of hyperparameters of each detector
 TUNING = 300  # samples of each set that detectors are tuned on
 ORACLE = 2000  # samples of each test set that the oracle looks at
@@ -88,20 +81,12 @@ class Case:
         """The percentile of every threshold that features are clipped at."""
         wanted = [each for each in self.settings.clip if each is not None]
         values = clip_thresholds(lambda: [self.features.train[0]], wanted) if wanted else []
-        found: dict[float | None, float | None] = {None: None}
-        for percentile, value in zip(wanted, values, strict=True):
-            found.setdefault(value, percentile)
-        return found
+        return by_threshold(wanted, values)
 
     @cached_property
     def sensitivities(self) -> list[Sensitivity]:
-        head = self.features.head
-        points = [(clip, t) for clip in self.percentiles for t in self.settings.temperature]
-        total: list[SensitivitySums] = []
-        for part in self.features.train[0].split(BLOCK):
-            sums = sums_of_halves(part, head.weight, head.bias, points)
-            total = added(total, sums) if total else sums
-        return of_halves(total)
+        head, h = self.features.head, self.features.train[0]
+        return measure(h, head.weight, head.bias, self.settings.temperature, [*self.percentiles])
 
     @cached_property
     def deciding(self) -> dict[str, Tensor]:

@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from benchmarks import cifar10
+from benchmarks.backbones import RECIPES
 from benchmarks.suite import features
 from benchmarks.suite.features import Features
 from opnp.backbones.backbone import from_spec
 from opnp.data import images, proxies
 from opnp.data.images import Images
-from opnp.data.preprocessing import Preprocessing, fit
+from opnp.data.preprocessing import Preprocessing
 from opnp.data.sources import open_ood
 from opnp.pipeline import parameters, stages
 from opnp.pipeline.parameters import Parameters
@@ -31,17 +33,6 @@ __all__ = ["SETS", "features_of"]
 
 SEED = 0
 OOD = 5000  # largest number of images of an OOD set
-ADAMW = {"optimizer": "adamw", "learning_rate": 0.002, "weight_decay": 0.05}
-RECIPES: dict[str, dict[str, Any]] = {
-    "resnet": {"width": 32, "epochs": 6, "precision": "bfloat16"},
-    "convnext": {"width": 32, "epochs": 8, "precision": "bfloat16", **ADAMW},
-    "vit": {"width": 16, "epochs": 10, "precision": "float32", **ADAMW},
-}
-CIFAR10_OOD = {
-    "tiny-imagenet": "tiny-imagenet-val-minus-cifar10.parquet",
-    "textures": "textures-96px.parquet",
-    "mnist": "mnist",
-}
 IMAGENET_OOD = ("photo-patches", "letters", "noise")
 
 
@@ -90,37 +81,22 @@ def fashion(backbone: str, seed: int, data: Path, folder: Path) -> Features:
     """Fashion-MNIST against MNIST, letters, patches of photographs, noise and textures."""
     values = parameters.load(Path("presets/fashion-mnist.yaml")).model_dump()
     values["seed"] = values["data"]["seed"] = seed
-    values["data"]["near"] |= {"mnist": str(mnist(data, folder))}
+    values["data"]["near"] |= {"mnist": str(cifar10.mnist(data, folder))}
     values["data"]["far"] |= {"textures": str(data / "textures-96px.parquet")}
     values["train"] |= {"backbone": backbone, "threads": 1, **RECIPES[backbone]}
     return trained(values, folder)
 
 
-def mnist(data: Path, folder: Path) -> Path:
-    """A folder of the MNIST test set alone, which `opnp` reads as one source."""
-    place = folder / "mnist"
-    place.mkdir(parents=True, exist_ok=True)
-    for file in data.glob("t10k-*"):
-        link = place / file.name
-        if not link.exists():
-            link.symlink_to(file.resolve())
-    return place
-
-
-def jpeg(image: Image.Image, size: int = 32) -> Image.Image:
-    """As the CIFAR-10 images here: without this, compression alone would tell others apart."""
-    encoded = BytesIO()
-    fit(image, size, "RGB").save(encoded, "JPEG", quality=75)
-    return Image.open(encoded)
-
-
 def cifar10_ood(data: Path, folder: Path) -> dict[str, Iterator[Image.Image]]:
     """The OOD sets of CIFAR-10, brought to its size and its compression."""
     sources = {
-        name: mnist(data, folder) if source == "mnist" else data / source
-        for name, source in CIFAR10_OOD.items()
+        name: cifar10.mnist(data, folder) if source == "mnist" else data / source
+        for name, source in cifar10.OOD.items()
     }
-    return {name: map(jpeg, outside(str(source), 32)) for name, source in sources.items()}
+    return {
+        name: (Image.open(BytesIO(cifar10.jpeg(image))) for image in outside(str(source), 32))
+        for name, source in sources.items()
+    }
 
 
 def outside(spec: str, size: int) -> Iterator[Image.Image]:

@@ -7,12 +7,12 @@ SciPy.
 from collections.abc import Sequence
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
 from opnp.errors import InputError, did_you_mean
 from opnp.runtime.settings import Several
 
-__all__ = ["DECIDING", "REPORTED", "Families", "besides"]
+__all__ = ["DECIDING", "REPORTED", "Families", "Reported", "besides"]
 
 DECIDING = ("phase", "blobs", "zoom", "blur", "strokes", "rotation", "inversion")
 """The families that masks and detectors are chosen by unless others are named: those that keep the
@@ -44,3 +44,11 @@ def known(names: tuple[str, ...]) -> tuple[str, ...]:
 
 Families = Annotated[Several[str], AfterValidator(known)]
 """Names of families."""
+
+Reported = Annotated[
+    Families,
+    Field(
+        description="Families of proxy outliers to report the chosen mask on; they do not decide."
+    ),
+]
+"""Families that do not decide, as a field of settings."""

@@ -100,7 +100,7 @@ def pin(library: str) -> str:
 
 
 ALONE = """
-import importlib.abc, importlib.metadata, json, os, re, sys
+import importlib.abc, json, os, sys
 
 folder, hidden, folders = json.loads(sys.argv[1])
 sys.path[:] = [path for path in sys.path if os.path.realpath(path or ".") not in folders]

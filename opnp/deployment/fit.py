@@ -31,7 +31,7 @@ from opnp.deployment.settings import FitSettings
 from opnp.errors import InputError
 from opnp.metrics.agreement import suspicion
 from opnp.pruning.candidates import Trial, setting_of
-from opnp.pruning.clipping import clip_thresholds
+from opnp.pruning.clipping import by_threshold, clip_thresholds
 from opnp.pruning.energy import bias_of
 from opnp.pruning.search import SearchResult, search_masks, search_record
 from opnp.pruning.sensitivity import (
@@ -259,10 +259,7 @@ def sensitivities(
     values: list[float] = []
     if wanted:
         values = clip_thresholds(lambda: (read_shard(path).features for path in paths), wanted)
-    # At two percentiles the activations may be the same: the first stands for both.
-    percentiles: dict[float | None, float | None] = {None: None}
-    for percentile, value in zip(wanted, values, strict=True):
-        percentiles.setdefault(value, percentile)
+    percentiles = by_threshold(wanted, values)
     points = [*product(percentiles, settings.temperature)]
     total: list[SensitivitySums] = []
     for path in track(paths, f"sensitivity (shards of {SHARD})", len(paths)):

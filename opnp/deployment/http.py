@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import sys
 import threading
 from collections.abc import Callable
@@ -41,14 +42,14 @@ def serve(latest: Latest, host: str, port: int, max_bytes: int, follow: bool = F
 
     from opnp.deployment.guard import Guarded, Timed
 
-    check_address(host, port)  # before work that takes seconds
+    listen(host, port).close()  # a port that is taken is told before work that takes seconds
     os.environ.setdefault("MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT", str(SCORING))
     version, uri = latest()
     guarded = Guarded(application(uri), max_bytes, version)
     ended = threading.Event()
     if follow:
         threading.Thread(target=watch, args=(guarded, latest, ended), daemon=True).start()
-    listener = check_address(host, port, keep=True)
+    listener = listen(host, port)
     server = uvicorn.Server(uvicorn.Config(guarded, host=host, port=port, http=Timed))
     try:
         server.run(sockets=[listener])
@@ -56,25 +57,20 @@ def serve(latest: Latest, host: str, port: int, max_bytes: int, follow: bool = F
         ended.set()
 
 
-def check_address(host: str, port: int, keep: bool = False) -> Any:
-    """Listen on an address, for a moment or, with ``keep``, for good.
+def listen(host: str, port: int) -> socket.socket:
+    """Listen on an address.
 
     Raises:
         InputError: another program listens there, or the address is none of this machine.
     """
-    import socket
-
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         reason = error.strerror or first_line(error)
         raise InputError(
             f"The server cannot listen on {host}, port {port} ({reason}).", "port"
         ) from None
-    if keep:
-        return listener
-    return listener.close()
 
 
 def application(uri: str) -> Any:

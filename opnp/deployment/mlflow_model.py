@@ -155,13 +155,14 @@ def save(detector: Path, path: Path, trust: str | None = None, **kwargs: Any) ->
     if loaded.backbone.spec["name"].startswith("timm:"):
         more.add("timm")
     libraries = [*REQUIREMENTS, *sorted(more - set(REQUIREMENTS))]
+    code = [Path(str(opnp.__file__)).parent, *own]
     config: dict[str, Any] = Limits().model_dump() | ({"trust": trust} if trust else {})
     columns = {"score": DataType.double, "is_ood": DataType.boolean, "predicted": DataType.string}
     pyfunc.save_model(
         str(path),
         loader_module="opnp.deployment.mlflow_model",
         data_path=str(detector),
-        code_paths=[str(Path(str(opnp.__file__)).parent), *map(str, own)],
+        code_paths=[*map(str, code)],
         model_config=config,
         signature=ModelSignature(
             Schema([ColSpec(DataType.binary, "image")]),
@@ -171,7 +172,7 @@ def save(detector: Path, path: Path, trust: str | None = None, **kwargs: Any) ->
         pip_requirements=[pin(each) for each in libraries],
         **kwargs,
     )
-    check(path, libraries, [Path(str(opnp.__file__)).parent, *own])
+    check(path, libraries, code)
     return loaded
 
 

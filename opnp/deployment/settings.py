@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from opnp.data.families import DECIDING, REPORTED, Families
+from opnp.data.families import DECIDING, REPORTED, Families, Reported
 from opnp.pruning.settings import SearchSettings
 from opnp.runtime.settings import Count, Positive, Seed
 
@@ -23,10 +23,7 @@ class FitSettings(SearchSettings):
         description="Families of proxy outliers, made from validation images, that the mask is "
         "chosen on.",
     )
-    reported: Families = Field(
-        default=REPORTED,
-        description="Families of proxy outliers to report the chosen mask on; they do not decide.",
-    )
+    reported: Reported = REPORTED
     accept: Annotated[float, Field(gt=0, le=100)] = Field(
         default=95.0, description="Percent of ID validation images that the threshold accepts."
     )

@@ -39,8 +39,14 @@ class EncoderDetector(FeaturesDetector):
 
     requires_fit = True
 
-    encoder: Callable[[Tensor], Tensor] | None
-    """Maps inputs to penultimate features (N, L); None if only features are given."""
+    def __init__(self, encoder: Callable[[Tensor], Tensor] | None, head: nn.Linear):
+        """
+        Args:
+            encoder: maps inputs to penultimate features (N, L); None if only features are given.
+            head: the classifier's last layer; a copy is kept.
+        """
+        self.encoder = encoder
+        self.head = copy.deepcopy(head).requires_grad_(False)
 
     def fit(self, data_loader: Any) -> Self:
         """Fit on a loader of ``(x, y)``; samples with labels below zero are ignored.
@@ -88,8 +94,7 @@ class CachedDetector(EncoderDetector):
             encoder: maps inputs to penultimate features (N, L); None if only features are given.
             head: the classifier's last layer; a copy is kept.
         """
-        self.encoder = encoder
-        self.head = copy.deepcopy(head).requires_grad_(False)
+        super().__init__(encoder, head)
         self._forget()
 
     def _forget(self) -> None:

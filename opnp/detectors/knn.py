@@ -21,7 +21,8 @@ from opnp.errors import InputError
 
 __all__ = ["KNN"]
 
-ROWS = 1 << 25  # distances held at once
+BLOCK = 1 << 25  # similarities held at once
+NEIGHBOURS = [1, 2, 5, 10, 20, 50, 200, 1000]  # values of k to try
 
 
 class KNN(CachedDetector):
@@ -40,7 +41,7 @@ class KNN(CachedDetector):
         "https://arxiv.org/abs/2204.06507",
         code="https://github.com/deeplearning-wisc/knn-ood",
     )
-    hyperparameter_space = {"k": [1, 2, 5, 10, 20, 50, 200, 1000]}
+    hyperparameter_space = {"k": NEIGHBOURS}
     fitted = ("bank",)
     at_once = frozenset({"k"})
 
@@ -82,7 +83,7 @@ class KNN(CachedDetector):
 
     def _score(self, h: Tensor) -> Tensor:
         assert self.bank is not None
-        k, rows = min(self.k, len(self.bank)), max(1, ROWS // len(self.bank))
+        k, rows = min(self.k, len(self.bank)), max(1, BLOCK // len(self.bank))
         found = [
             (part @ self.bank.T).topk(k, dim=1).values[:, -1]
             for part in F.normalize(h, dim=1).float().split(rows)

@@ -98,8 +98,7 @@ class OPNP(EncoderDetector):
         check_percentages("weights", weights)
         check_percentages("neurons", neurons)
         warn_of_fractions(f"{weights=!s}, {neurons=!s}", [*weights, *neurons])
-        self.encoder = encoder
-        self.head = copy.deepcopy(head).requires_grad_(False)
+        super().__init__(encoder, head)
         self.weights = weights
         self.neurons = neurons
         self.neuron_sensitivity: NeuronSensitivity = neuron_sensitivity

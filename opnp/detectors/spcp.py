@@ -10,7 +10,6 @@ AAAI 2026, arXiv 2603.07195; code github.com/njustkmg/AAAI2026-SPCP. Here this d
 classification and all other detectors see the plain head that was trained.
 """
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -58,8 +57,7 @@ class SPCP(EncoderDetector):
             threshold: λ.
             temperature: T of the energy.
         """
-        self.encoder = encoder
-        self.head = copy.deepcopy(head).requires_grad_(False)
+        super().__init__(encoder, head)
         self.threshold = threshold
         self.temperature = temperature
 

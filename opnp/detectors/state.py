@@ -69,6 +69,9 @@ def state_of(detector: Detector, key: str, model: TrainedModel) -> State:
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for name, value in vars(detector).items():
+        # Left out is what the maker gives anyway: spaces of hyperparameters, the head's weights.
+        if name in fresh and same(value, fresh[name]):
+            continue
         try:
             values[name] = written(value, name, tensors)
         except Unsaved as error:
@@ -76,10 +79,7 @@ def state_of(detector: Detector, key: str, model: TrainedModel) -> State:
                 raise UnavailableError(
                     f"{key} cannot be saved: what it has fitted ({name}) is {error}."
                 ) from None
-    # What the maker gives anyway is left out: spaces of hyperparameters, the head's weights.
-    values = {name: each for name, each in values.items() if not same(fresh, name, vars(detector))}
-    used = set(named(values))
-    state = State({name: each for name, each in tensors.items() if name in used}, values)
+    state = State(tensors, values)
     probe = torch.rand(8, model.head.in_features, generator=torch.Generator().manual_seed(0))
     probe = probe.to(model.head.weight.device, model.head.weight.dtype)
     own = base.predict(detector, model, probe)
@@ -166,15 +166,12 @@ def read(value: Any, tensors: Mapping[str, Tensor], device: torch.device) -> Any
         raise ValueError(f"{value[CLASS]} is not of {OURS}")
     found = getattr(import_module(module), name)
     if not is_dataclass(found) or not isinstance(found, type):
-        raise ValueError(f"{value[CLASS]} holds no values")
+        raise ValueError(f"{value[CLASS]} is not a dataclass")
     return found(**parts)
 
 
-def same(fresh: Mapping[str, Any], name: str, fitted: Mapping[str, Any]) -> bool:
-    """Whether an attribute is what the maker gives anyway."""
-    if name not in fresh:
-        return False
-    ours, theirs = fitted[name], fresh[name]
+def same(ours: Any, theirs: Any) -> bool:
+    """Whether two values of an attribute are known to be equal."""
     if isinstance(ours, Tensor):
         return isinstance(theirs, Tensor) and torch.equal(ours, theirs)
     if isinstance(ours, np.ndarray) or type(ours) is not type(theirs):
@@ -183,13 +180,3 @@ def same(fresh: Mapping[str, Any], name: str, fitted: Mapping[str, Any]) -> bool
         return bool(ours == theirs)
     except (RuntimeError, ValueError):  # containers of tensors
         return False
-
-
-def named(value: Any) -> list[str]:
-    """The tensors that a value names."""
-    if isinstance(value, list):
-        return [name for each in value for name in named(each)]
-    if not isinstance(value, dict):
-        return []
-    own = [value[kind] for kind in (TENSOR, ARRAY) if isinstance(value.get(kind), str)]
-    return own + [name for each in value.values() for name in named(each)]

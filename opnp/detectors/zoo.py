@@ -32,13 +32,13 @@ from pytorch_ood.utils import is_known
 from torch import Tensor, nn
 
 from opnp.detectors.base import Maker
+from opnp.detectors.knn import NEIGHBOURS
 from opnp.pruning.energy import bias_of
 
 __all__ = ["MAKERS"]
 
 Made = TypeVar("Made", bound=Detector)
 
-NEIGHBOURS = [1, 2, 5, 10, 20, 50, 200, 1000]
 TEMPERATURES = [0.5, 1.0, 2.0, 5.0, 10.0]
 
 

@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from opnp.data.families import DECIDING, REPORTED, Families
+from opnp.data.families import DECIDING, REPORTED, Families, Reported
 from opnp.detectors.names import check
 from opnp.pruning.settings import SearchSettings
 from opnp.runtime.settings import Count, Percentage, Positive, Seed, Settings, Several
@@ -192,10 +192,7 @@ class Search(SearchSettings):
         description="Families of proxy outliers, made from validation images, that masks and "
         "hyperparameters are chosen on.",
     )
-    reported: Families = Field(
-        default=REPORTED,
-        description="Families of proxy outliers to report the chosen mask on; they do not decide.",
-    )
+    reported: Reported = REPORTED
     outliers: dict[Name, str] = Field(
         default={},
         description="Real OOD sets to judge masks and hyperparameters on as well, as name: source; "

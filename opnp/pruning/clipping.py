@@ -43,6 +43,22 @@ def check_percentile(percentile: float, count: int) -> None:
         )
 
 
+def by_threshold(
+    percentiles: Sequence[float], thresholds: Sequence[float]
+) -> dict[float | None, float | None]:
+    """The percentile of each threshold that features are clipped at; first None, for no clip.
+
+    At two percentiles the activations may be the same: the first stands for both.
+
+    >>> by_threshold([50, 80, 90], [0.0, 0.0, 1.5])
+    {None: None, 0.0: 50, 1.5: 90}
+    """
+    found: dict[float | None, float | None] = {None: None}
+    for percentile, threshold in zip(percentiles, thresholds, strict=True):
+        found.setdefault(threshold, percentile)
+    return found
+
+
 def clip_thresholds(
     blocks: Callable[[], Iterable[Tensor]], percentiles: Sequence[float]
 ) -> list[float]:

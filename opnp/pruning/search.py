@@ -14,7 +14,7 @@ The outliers are proxies, made from ID validation images or from noise; see `opn
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import inf, isnan
+from math import isnan
 from typing import Any
 
 import numpy as np
@@ -32,14 +32,7 @@ from opnp.pruning.sensitivity import Sensitivity
 from opnp.pruning.settings import SearchSettings
 from opnp.pruning.table import MEMORY, Judge
 
-__all__ = [
-    "Choice",
-    "SearchResult",
-    "choice_record",
-    "lowest_accuracy",
-    "search_masks",
-    "search_record",
-]
+__all__ = ["Choice", "SearchResult", "choice_record", "search_masks", "search_record"]
 
 
 @dataclass(frozen=True)
@@ -241,7 +234,7 @@ def choose(
     Raises:
         InputError: no allowed candidate keeps the accuracy.
     """
-    floor = lowest_accuracy(trials, settings)
+    floor = settings.lowest_accuracy(trials[0].accuracy)
     # Without labels accuracies are NaN. A comparison with NaN is false, so nothing is excluded.
     accurate = [t for t in trials if allowed(t.candidate) and not t.accuracy < floor - 1e-9]
     if not accurate:
@@ -269,15 +262,6 @@ def choose(
         sum(trial.mean_fpr95 <= reach for trial in accurate),
         float(instability[chosen]),
     )
-
-
-def lowest_accuracy(trials: Sequence[Trial], settings: SearchSettings) -> float:
-    """The lowest accuracy in percent that a trial may have; the first trial is the unpruned head.
-
-    −∞ if there is no limit, NaN without labels.
-    """
-    drop = settings.max_accuracy_drop
-    return -inf if drop is None else trials[0].accuracy - drop
 
 
 def pareto_front(trials: Sequence[Trial]) -> list[Trial]:

@@ -4,7 +4,7 @@
 file, the program's options with their help, and the call `search_masks` all read it from here.
 """
 
-from math import sqrt
+from math import inf, sqrt
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -93,6 +93,17 @@ class SearchSettings(Settings):
             if len(set(getattr(self, what))) < len(getattr(self, what)):
                 raise ValueError(f"`{what}` holds a value twice")
         return self
+
+    def lowest_accuracy(self, unpruned: float) -> float:
+        """The accuracy in percent that a pruned head must keep; −∞ if there is no limit.
+
+        >>> SearchSettings(max_accuracy_drop=1).lowest_accuracy(99.5)
+        98.5
+
+        Args:
+            unpruned: accuracy of the unpruned head in percent; NaN if it is not known.
+        """
+        return -inf if self.max_accuracy_drop is None else unpruned - self.max_accuracy_drop
 
     def for_head(self, classes: int, features: int) -> Self:
         """These settings for a head of K classes and L features.

@@ -85,7 +85,7 @@ def start(*words: str, **env: str) -> "subprocess.Popen[str]":
 
 
 def wait_for(run: "subprocess.Popen[str]", shards: int) -> None:
-    """Wait until a run that is at work has made so many shards of features."""
+    """Wait until a run in progress has written this many shards of features."""
     wait_until(lambda: made(HERE.features) >= shards or run.poll() is not None)
     assert run.poll() is None, run.communicate()
 

@@ -19,7 +19,7 @@ from opnp.pipeline.report.plots import (
     tradeoff,
     training_curves,
 )
-from opnp.pipeline.report.tables import best, comparison, heat_maps
+from opnp.pipeline.report.tables import SAME, best, comparison, heat_maps
 from opnp.pipeline.report.words import chosen_values, number, outcome, prunes, span
 from opnp.pipeline.results import Run
 from opnp.runtime.files import digest
@@ -58,6 +58,7 @@ def render(run: Run) -> str:
             backbone=backbone,
             pruning=pruning,
             evaluation=evaluation,
+            same_sentence=SAME,
             unmoved=any(p == 0 for n, p in evaluation.pruned.items() if n not in evaluation.same),
             outcome=outcome(pruning, evaluation),
             comparisons={metric: comparison(evaluation, metric) for metric in ("fpr95", "auroc")},

@@ -159,7 +159,7 @@ def tradeoff(parameters: Parameters, pruning: Pruning) -> Plot:
     """Proxy FPR95 against ID validation accuracy, of all candidates and of the choices."""
     accuracy, fpr95, chosen = pruning.trials["accuracy"], pruning.trials["fpr95"], pruning.methods
     drop = parameters.search.max_accuracy_drop
-    floor = -np.inf if drop is None else accuracy[0] - drop
+    floor = parameters.search.lowest_accuracy(accuracy[0])
     # Masks that cost far too much accuracy would squeeze the others together.
     lowest = min(each["accuracy"] for each in chosen.values()) if drop is None else floor
     shown = accuracy >= lowest - 4 * max(drop or 0, 1.0)

@@ -79,8 +79,7 @@ def heat_maps(parameters: Parameters, pruning: Pruning) -> list[HeatMap]:
     trials that keep the accuracy count; a cell without one is None.
     """
     trials, chosen = pruning.trials, pruning.chosen
-    drop = parameters.search.max_accuracy_drop
-    floor = -np.inf if drop is None else trials["accuracy"][0] - drop
+    floor = parameters.search.lowest_accuracy(trials["accuracy"][0])
     # Trials that clip features belong to OPNP with ReAct.
     accurate = ~(trials["accuracy"] < floor - 1e-9) & ~trials["clips"]
     # Without neuron pruning, the definitions agree: the search tries such masks once, as `mean`.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from opnp.errors import InputError
 from opnp.pipeline.results.reading import reading, stale
+from opnp.pruning.clipping import by_threshold
 from opnp.pruning.sensitivity import Sensitivity, SensitivitySums, of_halves
 from opnp.runtime import tensors
 from opnp.runtime.files import read_json
@@ -28,12 +29,10 @@ def read_settings(run: "Run") -> list[dict[str, Any]]:
     path, search = run.workspace.clips, run.parameters.search
     with reading(path, "sensitivity"):
         thresholds = dict(read_json(path))
-    if set(thresholds) != {str(each) for each in search.clip if each is not None}:
+    wanted = [each for each in search.clip if each is not None]
+    if set(thresholds) != set(map(str, wanted)):
         raise stale(path, "other percentiles to clip at", "sensitivity")
-    # At two percentiles the activations may be the same: the first stands for both.
-    clips: dict[float | None, float | None] = {}
-    for clip in search.clip:
-        clips.setdefault(thresholds.get(str(clip)), clip)
+    clips = by_threshold(wanted, [thresholds[str(each)] for each in wanted])
     return [
         {"clip": clip, "threshold": threshold, "temperature": temperature}
         for (threshold, clip), temperature in product(clips.items(), search.temperature)

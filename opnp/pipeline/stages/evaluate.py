@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from math import inf
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -300,8 +299,7 @@ def oracles(
     its gain over the unpruned head the mask keeps that was chosen without these sets.
     """
     measured, rows = run.sensitivities, run.trials.to_pylist()
-    drop = run.parameters.search.max_accuracy_drop
-    floor = -inf if drop is None else rows[0]["accuracy"] - drop - 1e-9
+    floor = run.parameters.search.lowest_accuracy(rows[0]["accuracy"]) - 1e-9
     accurate = {Candidate.stated(row) for row in rows if row["accuracy"] >= floor}
     candidates = candidates_of(measured, run.parameters.search)
     ood = {name: each.features for name, each in test.items() if name != "test"}
